@@ -1,0 +1,1 @@
+"""grainwise: learn which compression each layer of a trained PyTorch network takes."""
