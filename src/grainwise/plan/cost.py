@@ -9,10 +9,10 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from grainwise.plan.choices import PRECISIONS, STRUCTURES, UNCOMPRESSED, Choice, Entry
+from grainwise.plan.choices import PRECISIONS, STRUCTURES, UNCOMPRESSED, Choice, Entry, numbers_of
 from grainwise.plan.layers import Coupling, Geometry, Layer
-from grainwise.plan.shapes import routing_tensors, stage_macs, stage_tensors, stages
-from grainwise.plan.space import SearchSpace, narrows, units_left
+from grainwise.plan.shapes import Stage, routing_tensors, stage_macs, stage_tensors, stages
+from grainwise.plan.space import Mask, SearchSpace, narrows, units_left
 
 COSTS = ("size", "macs")
 Cost = NDArray[np.float64]
@@ -20,6 +20,8 @@ Cost = NDArray[np.float64]
 
 Widths = Mapping[str, int]
 """Units left of each coupling that was narrowed."""
+
+_Other = tuple[str, tuple[int, ...], tuple[tuple[str, int, int], ...]]  # name, shape, cuts
 
 _HEADER_PER_TENSOR = len('"":{"dtype":"F32","shape":[],"data_offsets":[,]},')
 
@@ -39,10 +41,17 @@ class CostModel:
         self._couplings = {c.name: c for c in space.graph.couplings if c.frozen is None}
         self._cuts = {layer.name: self._layer_cuts(layer) for layer in space.layers}
         self._related = tuple(tuple(dict.fromkeys(cut[0] for cut in self._cuts[la.name])) for la in space.layers)
-        self._norm_cuts = self._other_cuts()
+        self._touching = {
+            name: tuple(i for i, found in enumerate(self._related) if name in found) for name in self._couplings
+        }
+        self._pairs = tuple(space.pairs(index) for index in range(len(space.layers)))
+        for pairs in self._pairs:
+            pairs.flags.writeable = False
         self._table = lru_cache(maxsize=None)(self._compute_table)
         full = sum(layer.geometry.weights for layer in space.layers) + sum(map(prod, self._others.values()))
         self._digits = len(str(4 * full))
+        self._other_groups = self._grouped_others()
+        self._other_sizes: dict[tuple[int, ...], float] = {}
 
     def _layer_cuts(self, layer: Layer) -> tuple[tuple[str, bool, int], ...]:
         """(coupling, cuts outputs, positions per unit) for each coupling that narrows the layer's weight."""
@@ -53,14 +62,20 @@ class CostModel:
             if slot.layer == layer.name and slot.parameter == f"{layer.name}.weight"
         )
 
-    def _other_cuts(self) -> dict[str, tuple[tuple[str, int, int], ...]]:
-        """(coupling, dimension, positions per unit) for each narrowed tensor beside the layers."""
-        cuts: dict[str, list[tuple[str, int, int]]] = {}
+    def _grouped_others(self) -> tuple[tuple[tuple[str, ...], tuple[_Other, ...]], ...]:
+        """Tensors beside the layers by the couplings that narrow them, with (coupling, dimension, positions per unit)
+        of each cut: groups, because a width is decided far less often than a cost is asked for.
+        """
+        cuts: dict[str, list[tuple[str, int, int]]] = {name: [] for name in self._others}
         for coupling in self._couplings.values():
             for slot in coupling.slots:
                 if slot.parameter in self._others:
-                    cuts.setdefault(slot.parameter, []).append((coupling.name, slot.dim, len(slot.indices[0])))
-        return {name: tuple(found) for name, found in cuts.items()}
+                    cuts[slot.parameter].append((coupling.name, slot.dim, len(slot.indices[0])))
+        groups: dict[tuple[str, ...], list[_Other]] = {}
+        for name, found in cuts.items():
+            couplings = tuple(dict.fromkeys(cut[0] for cut in found))
+            groups.setdefault(couplings, []).append((name, self._others[name], tuple(found)))
+        return tuple((couplings, tuple(tensors)) for couplings, tensors in groups.items())
 
     def coupling(self, name: str) -> Coupling:
         return self._couplings[name]
@@ -68,6 +83,14 @@ class CostModel:
     def related(self, index: int) -> tuple[str, ...]:
         """Couplings that narrow layer `index`."""
         return self._related[index]
+
+    def touching(self, coupling: str) -> tuple[int, ...]:
+        """Numbers of the layers whose weight `coupling` narrows."""
+        return self._touching[coupling]
+
+    def pairs(self, index: int) -> Mask:
+        """`[S, P]`, read-only: `SearchSpace.pairs` of layer `index`, computed once."""
+        return self._pairs[index]
 
     def narrowed(self, layer: Layer, widths: Widths) -> Geometry:
         """The layer's geometry after its couplings lost units."""
@@ -100,22 +123,25 @@ class CostModel:
         layer = self.space.layers[index]
         geometry = self.narrowed(layer, dict(relevant))
         table = np.full((len(STRUCTURES), len(PRECISIONS), 2), np.inf)
-        pairs = self.space.pairs(index)
-        for s, p in np.argwhere(pairs):
-            table[s, p] = self._layer_cost(layer, geometry, STRUCTURES[s], PRECISIONS[p])
+        pairs = self.pairs(index)
+        plain = self._row(layer, geometry, 0)
+        for s in np.flatnonzero(pairs.any(axis=1)).tolist():  # a narrowing structure leaves one plain stage
+            row = plain if s == 0 or narrows(STRUCTURES[s]) else self._row(layer, geometry, s)
+            table[s] = np.where(pairs[s][:, None], row, np.inf)
         table.flags.writeable = False
         return table
 
-    def _layer_cost(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> Cost:
+    def _row(self, layer: Layer, geometry: Geometry, structure: int) -> Cost:
+        """`[P, 2]` cost of one structure at every precision."""
         if layer.tied_to:
-            return np.array([0.0, layer.macs])
-        found = stages(geometry, structure)
-        nesting = f"{layer.name}.primary.packed.support"
-        tensors = [t for stage in found for t in stage_tensors(stage, precision).values()]
-        tensors += routing_tensors(geometry, structure).values()
-        size = sum(tensors) + len(tensors) * self._header(nesting, len(geometry.weight_shape))
+            return np.tile(np.array([0.0, layer.macs]), (len(PRECISIONS), 1))
+        choice = STRUCTURES[structure]
+        found = stages(geometry, choice)
         macs = sum(stage_macs(stage, layer.positions_in, layer.positions_out) for stage in found)
-        return np.array([size, macs], dtype=np.float64)
+        routing = tuple(routing_tensors(geometry, choice).values())
+        header = self._header(f"{layer.name}.primary.packed.support", len(geometry.weight_shape))
+        sizes = [_bytes(found, precision, routing, header) for precision in PRECISIONS]
+        return np.stack([np.array(sizes, dtype=np.float64), np.full(len(PRECISIONS), float(macs))], axis=1)
 
     def _header(self, name: str, dimensions: int) -> int:
         return _HEADER_PER_TENSOR + len(name) + 2 * self._digits + 4 * dimensions
@@ -123,21 +149,31 @@ class CostModel:
     def fixed(self, widths: Widths) -> Cost:
         """`[2]`: what is stored and computed beside the layers."""
         size = 64.0
-        for name, shape in self._others.items():
-            left = list(shape)
-            for coupling, dim, positions in self._norm_cuts.get(name, ()):
-                width = self._couplings[coupling].width
-                left[dim] -= (width - widths.get(coupling, width)) * positions
-            size += 4 * prod(left) + self._header(name, len(shape))
+        for number, (couplings, tensors) in enumerate(self._other_groups):
+            key = (number, *(widths.get(coupling, -1) for coupling in couplings))
+            if key not in self._other_sizes:
+                self._other_sizes[key] = sum(self._other_size(tensor, widths) for tensor in tensors)
+            size += self._other_sizes[key]
         return np.array([size, float(self.space.graph.other_macs)])
+
+    def _other_size(self, tensor: _Other, widths: Widths) -> int:
+        name, shape, cuts = tensor
+        left = list(shape)
+        for coupling, dim, positions in cuts:
+            width = self._couplings[coupling].width
+            left[dim] -= (width - widths.get(coupling, width)) * positions
+        return 4 * prod(left) + self._header(name, len(shape))
 
     def total(self, entries: Mapping[str, Entry]) -> Cost:
         """`[2]` cost of a whole profile; layers that it does not name stay uncompressed."""
         widths = self.widths(entries)
         total = self.fixed(widths)
         for index, layer in enumerate(self.space.layers):
-            entry = entries.get(layer.name, UNCOMPRESSED)
-            total = (
-                total + self.table(index, widths)[STRUCTURES.index(entry.structure), PRECISIONS.index(entry.precision)]
-            )
+            total = total + self.table(index, widths)[numbers_of(entries.get(layer.name, UNCOMPRESSED))]
         return total
+
+
+def _bytes(found: tuple[Stage, ...], precision: Choice, routing: tuple[int, ...], header: int) -> int:
+    """Bytes of a layer's tensors and of their lines in the file's header."""
+    tensors = [size for stage in found for size in stage_tensors(stage, precision).values()]
+    return sum(tensors) + sum(routing) + (len(tensors) + len(routing)) * header

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Set
 import numpy as np
 from numpy.typing import NDArray
 
-from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, Choice, Entry, Granularity, Method
+from grainwise.plan.choices import NONE, STRUCTURES, Choice, Entry, Granularity, Method, numbers_of
 from grainwise.plan.cost import COSTS, Cost, CostModel, Widths
 from grainwise.plan.space import Mask, narrows, units_left
 
@@ -44,7 +44,12 @@ class Projection:
         self._cheapest: dict[tuple[int | None, ...], Cost] = {}
         self._squeezed: dict[str, tuple[int, int]] = {}
         self._squeezed = self._squeeze()
-        start = Walk(self).completed
+        self.start_widths = self.squeezed_widths(0, {}, frozenset())
+        self.start_costs: Cost = np.stack(
+            [self.cheapest(index, self.start_widths, frozenset()) for index in range(len(self.space.layers))]
+        )
+        self.numbers = {layer.name: index for index, layer in enumerate(self.space.layers)}
+        start = self.start_costs.sum(axis=0) + cost.fixed(self.start_widths)
         if (start > self.budget).any():
             short = int(np.argmax(start / self.budget))
             raise Unreachable(
@@ -54,7 +59,7 @@ class Projection:
 
     def _squeeze(self) -> dict[str, tuple[int, int]]:
         """(layer index, narrowest structure) of couplings not decided yet, where completing with it is the cheaper."""
-        without, _ = self.ahead(0, {}, frozenset())
+        without = self._completed()
         self._cheapest.clear()
         for index, layer in enumerate(self.space.layers):
             coupling = self.space.led_by(layer.name)
@@ -62,7 +67,7 @@ class Projection:
             if coupling and options:
                 narrowest = min(options, key=lambda s: units_left(coupling, STRUCTURES[s]))
                 self._squeezed[layer.name] = index, narrowest
-        squeezed, _ = self.ahead(0, {}, frozenset())
+        squeezed = self._completed()
         self._cheapest.clear()
         return self._squeezed if (squeezed * self.weight).max() < (without * self.weight).max() else {}
 
@@ -87,13 +92,11 @@ class Projection:
             self._cheapest[key] = options[np.argmin((options * self.weight).sum(axis=1))]
         return self._cheapest[key]
 
-    def ahead(self, start: int, widths: Widths, students: Set[str]) -> tuple[Cost, dict[str, int]]:
-        """Cost of the cheapest completion from layer `start` on, what stands beside layers included; and its widths."""
-        squeezed = self.squeezed_widths(start, widths, students)
-        total = self.cost.fixed(squeezed)
-        for index in range(start, len(self.space.layers)):
-            total = total + self.cheapest(index, squeezed, students)
-        return total, squeezed
+    def _completed(self) -> Cost:
+        """`[2]` cost of the cheapest completion of the empty profile."""
+        widths = self.squeezed_widths(0, {}, frozenset())
+        layers = (self.cheapest(index, widths, frozenset()) for index in range(len(self.space.layers)))
+        return sum(layers, self.cost.fixed(widths))
 
     def _plain_rows(self, index: int) -> list[int]:
         return [int(s) for s in np.flatnonzero(self.space.structures[index]) if s not in NARROWING]
@@ -111,10 +114,12 @@ class Walk:
         self.space = projection.space
         self.entries: dict[str, Entry] = {}
         self.widths: dict[str, int] = {}
-        self._spent: Cost = np.zeros(len(COSTS))
-        self._students: set[str] = set()
+        self._students: frozenset[str] = frozenset()
         self._structured: set[str] = set()
-        self.completed, _ = projection.ahead(0, {}, frozenset())
+        self._numbers: list[tuple[int, int]] = []
+        self._completion: Widths = projection.start_widths
+        self._costs = projection.start_costs.copy()  # [L, 2] of each layer in the completed profile
+        self.completed: Cost = self._costs.sum(axis=0) + projection.cost.fixed(self._completion)
 
     @property
     def step(self) -> int:
@@ -124,10 +129,11 @@ class Walk:
     def done(self) -> bool:
         return self.step == len(self.space.layers)
 
-    def _legal(self) -> Mask:
+    def legal(self) -> Mask:
+        """`[S, P]` entries that the current layer may take after what was chosen, whatever they cost."""
         index = self.step
         layer = self.space.layers[index]
-        pairs = self.space.pairs(index)
+        pairs = self._projection.cost.pairs(index).copy()
         if layer.name in self._students:
             pairs[1:] = False
         elif (block := self.space.block_led_by(layer.name)) and self._structured & set(block.layers):
@@ -138,51 +144,75 @@ class Walk:
         """`[S, P]` entries that are legal here, and `[S, P, 2]` the cost of the whole profile when the entry is taken
         and the cheapest completion follows (infinite where illegal).
         """
-        index, shared = self.step, self._projection
-        legal = self._legal()
-        ahead, squeezed = shared.ahead(index + 1, self.widths, self._students)
-        table = self._spent + ahead + shared.cost.table(index, squeezed)
+        index, cost = self.step, self._projection.cost
+        legal = self.legal()
+        revised, widths, _ = self._after(NONE)
+        table = revised + cost.table(index, widths)
         for s in NARROWING:
             if legal[s].any():
-                name = self.space.layers[index].name
-                narrowed = {**self.widths, name: self._units(STRUCTURES[s])}
-                ahead, squeezed = shared.ahead(index + 1, narrowed, self._students | self._block_of(STRUCTURES[s]))
-                table[s] = self._spent + ahead + shared.cost.table(index, squeezed)[s]
+                revised, widths, _ = self._after(STRUCTURES[s])
+                table[s] = revised + cost.table(index, widths)[s]
         table[~legal] = np.inf
         return legal, table
 
-    def _block_of(self, structure: Choice) -> frozenset[str]:
-        """Layers that share the decision when the current layer takes `structure`."""
-        block = self.space.block_led_by(self.space.layers[self.step].name)
-        return frozenset(block.layers) if block and structure.method is Method.DISTILL else frozenset()
+    def _after(self, structure: Choice) -> tuple[Cost, Widths, dict[int, Cost]]:
+        """What follows when the current layer takes `structure`: `[2]` cost of the completed profile without the
+        current layer, its widths, and the costs of the other layers that differ from now.
+        """
+        shared, index = self._projection, self.step
+        widths, students = self._decided(structure)
+        completion = shared.squeezed_widths(index + 1, widths, students)
+        touched = {shared.numbers[name] for name in students - self._students}
+        for name in completion.keys() | self._completion.keys():
+            if completion.get(name) != self._completion.get(name):
+                touched.update(shared.cost.touching(name))
+        touched.discard(index)
+        costs = {i: self._cost_of(i, completion, students) for i in touched}
+        revised = self.completed - self._costs[index]
+        if touched:
+            revised = revised + shared.cost.fixed(completion) - shared.cost.fixed(self._completion)
+            for i, cost in costs.items():
+                revised = revised + (cost - self._costs[i])
+        return revised, completion, costs
 
-    def _units(self, structure: Choice) -> int:
-        return units_left(self._projection.cost.coupling(self.space.layers[self.step].name), structure)
+    def _cost_of(self, index: int, completion: Widths, students: Set[str]) -> Cost:
+        if index < self.step:
+            found: Cost = self._projection.cost.table(index, completion)[self._numbers[index]]
+            return found
+        return self._projection.cheapest(index, completion, students)
+
+    def _decided(self, structure: Choice) -> tuple[Widths, frozenset[str]]:
+        """Widths, and layers that follow a block's student, once the current layer takes `structure`."""
+        if not narrows(structure):
+            return self.widths, self._students
+        name = self.space.layers[self.step].name
+        widths = {**self.widths, name: units_left(self._projection.cost.coupling(name), structure)}
+        block = self.space.block_led_by(name)
+        inside = block.layers if block and structure.method is Method.DISTILL else ()
+        return widths, self._students.union(inside)
 
     def allowed(self) -> Mask:
         """`[S, P]` entries that are legal and can still meet every budget; never empty."""
         legal, costs = self.costs()
-        fits = legal & (costs <= self._projection.budget).all(axis=2)
+        budget = self._projection.budget
+        fits = legal & (costs <= budget).all(axis=2)
         if not fits.any():  # only after `take` of an entry that was not allowed
-            fits = legal & (costs.max(axis=2) == costs.max(axis=2)[legal].min())
+            excess = (costs * self._projection.weight).max(axis=2)
+            fits = legal & (excess == excess[legal].min())
         return fits
 
     def take(self, entry: Entry) -> None:
         """Choose `entry` for the current layer."""
-        layer = self.space.layers[self.step]
-        if narrows(entry.structure):
-            self.widths[layer.name] = self._units(entry.structure)
-            self._students |= self._block_of(entry.structure)
+        index, layer = self.step, self.space.layers[self.step]
+        revised, completion, costs = self._after(entry.structure)
+        widths, self._students = self._decided(entry.structure)
+        self.widths = dict(widths)
         if entry.structure != NONE:
             self._structured.add(layer.name)
         self.entries[layer.name] = entry
-        ahead, squeezed = self._projection.ahead(self.step, self.widths, self._students)
-        self._spent = sum(
-            (self._projection.cost.table(i, squeezed)[_index(e)] for i, e in enumerate(self.entries.values())),
-            np.zeros(len(COSTS)),
-        )
-        self.completed = self._spent + ahead
-
-
-def _index(entry: Entry) -> tuple[int, int]:
-    return STRUCTURES.index(entry.structure), PRECISIONS.index(entry.precision)
+        self._numbers.append(numbers_of(entry))
+        self._completion = completion
+        for i, cost in costs.items():
+            self._costs[i] = cost
+        self._costs[index] = self._projection.cost.table(index, completion)[self._numbers[index]]
+        self.completed = revised + self._costs[index]

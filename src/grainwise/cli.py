@@ -1,0 +1,285 @@
+"""The command line: inspect, search, best, apply, verify; one function a command, heavy imports inside."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from grainwise.session import Session
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Learn which compression each layer of a trained PyTorch network takes, and apply it for real.",
+)
+
+ModelOption = Annotated[str, typer.Option("--model", help="module:function that returns the trained network")]
+DataOption = Annotated[str, typer.Option("--data", help="module:function that returns a grainwise.Data")]
+MetricOption = Annotated[str, typer.Option(help="accuracy, or module:function (outputs, targets) -> float")]
+ForwardOption = Annotated[str | None, typer.Option(help="module:function (model, inputs) -> outputs")]
+StudyOption = Annotated[str, typer.Option(help="name of the study")]
+StoreOption = Annotated[str, typer.Option(help="URL of the store")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on standard output")]
+ThreadsOption = Annotated[int | None, typer.Option(help="threads that torch uses; its own default otherwise")]
+
+
+def _factory(path: str, what: str) -> Callable[..., Any]:
+    """The function that `module:function` names; only ever a word of the command line."""
+    module, _, function = path.partition(":")
+    if not module or not function:
+        raise typer.BadParameter(f"{what} is given as module:function, got {path!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise typer.BadParameter(f"{what} {path!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise typer.BadParameter(f"{what} {path!r} is no function")
+    return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _plain_errors(resume: str = "") -> Iterator[None]:
+    """Expected errors become one sentence and exit code 1; Ctrl-C tells how to go on and exits with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _stop(f"stopped; every finished trial is kept{resume and f'. Go on with:{chr(10)}  {resume}'}", 130)
+    except (ValueError, RuntimeError, OSError, TypeError) as error:
+        _stop(f"error: {error}", 1)
+
+
+def _stop(message: str, code: int) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    raise typer.Exit(code)
+
+
+def _print_json(body: Any) -> None:
+    typer.echo(json.dumps(body, indent=2, allow_nan=False))
+
+
+def _session(
+    model: str, data: str, metric: str, forward: str | None, threads: int | None = None, **options: Any
+) -> Session:
+    import torch
+
+    from grainwise.session import Session
+
+    if threads:
+        torch.set_num_threads(threads)
+    return Session.prepare(
+        _factory(model, "the model")(), _factory(data, "the data")(), **_hooks(metric, forward), **options
+    )
+
+
+def _hooks(metric: str, forward: str | None) -> dict[str, Any]:
+    hooks: dict[str, Any] = {"metric": _factory(metric, "the metric") if ":" in metric else metric}
+    if forward:
+        hooks["forward"] = _factory(forward, "the forward")
+    return hooks
+
+
+@app.command()
+def inspect(
+    model: ModelOption,
+    data: DataOption,
+    metric: MetricOption = "accuracy",
+    forward: ForwardOption = None,
+    space: Annotated[str, typer.Option(help="chain or single")] = "chain",
+    as_json: JsonOption = False,
+) -> None:
+    """Show layers, weights, MACs, feature-map statistics, legal choices, and why the others are not."""
+    from grainwise.report.tables import inspection, show_inspection
+
+    with _plain_errors():
+        session = _session(model, data, metric, forward, space=space)
+        facts = inspection(session.space, session.statistics().tolist())
+        if as_json:
+            _print_json(facts)
+        else:
+            show_inspection(facts, Console())
+
+
+@app.command()
+def search(
+    model: ModelOption,
+    data: DataOption,
+    size: Annotated[float | None, typer.Option(help="bytes, as a share of the uncompressed weights")] = None,
+    macs: Annotated[float | None, typer.Option(help="multiply-accumulates, as a share")] = None,
+    accuracy_drop: Annotated[float | None, typer.Option(help="largest drop of the metric on the search split")] = None,
+    budget: Annotated[str, typer.Option(help="evaluations (300) or a time (20m)")] = "300",
+    out: Annotated[Path | None, typer.Option(help="directory for the artefact")] = None,
+    metric: MetricOption = "accuracy",
+    forward: ForwardOption = None,
+    searcher: Annotated[str, typer.Option(help="rl, random or evolution")] = "rl",
+    algorithm: Annotated[str, typer.Option(help="ppo or reinforce")] = "ppo",
+    credit: Annotated[str, typer.Option(help="terminal or per_layer")] = "terminal",
+    reward: Annotated[
+        str, typer.Option(help="hard_budget, weighted_product, absolute, or module:function")
+    ] = "hard_budget",
+    complexity_weight: Annotated[float, typer.Option(help="push towards a mix of techniques")] = 0.1,
+    space: Annotated[str, typer.Option(help="chain or single")] = "chain",
+    seed: int = 0,
+    study: StudyOption = "default",
+    store: StoreOption = "sqlite:///grainwise.db",
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the study where it was cut")] = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Search the compression of each layer, build the best profile, and write the artefact."""
+    import torch
+
+    from grainwise.api import Observer, SearchOptions, compress, missed
+    from grainwise.plan.space import SpaceKind
+    from grainwise.report.progress import LiveProgress
+    from grainwise.report.tables import show_figures
+
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    with _plain_errors(" ".join(["grainwise", *words, "--resume"])):
+        if threads:
+            torch.set_num_threads(threads)
+        wanted = {"size": size, "macs": macs, "accuracy_drop": accuracy_drop}
+        constraints = {name: share for name, share in wanted.items() if share is not None}
+        options = SearchOptions(
+            searcher=searcher,  # type: ignore[arg-type]  # checked by SearchOptions
+            algorithm=algorithm,  # type: ignore[arg-type]
+            credit=credit,  # type: ignore[arg-type]
+            reward=_factory(reward, "the reward") if ":" in reward else reward,
+            complexity_weight=complexity_weight,
+            space=SpaceKind(space),
+            seed=seed,
+        )
+        network, loaded = _factory(model, "the model")(), _factory(data, "the data")()
+        with LiveProgress(int(budget) if budget.isdigit() else None) as live:
+            result = compress(
+                network,
+                data=loaded,
+                constraints=constraints,
+                budget=budget,
+                study=study,
+                store=store,
+                resume=resume,
+                options=options,
+                observer=Observer(live.stage, live.progress, live.trial),
+                **_hooks(metric, forward),
+            )
+        if out is not None:
+            result.export(out)
+        complaint = missed(result, constraints)
+        if as_json:
+            _print_json({**result.figures(), "missed": complaint, "profile": json.loads(result.profile.to_json())})
+        else:
+            show_figures(result.figures(), Console())
+            if out is not None:
+                typer.echo(f"artefact: {out}")
+            if complaint:
+                typer.echo(f"constraint missed: {complaint}")
+
+
+@app.command()
+def best(
+    study: StudyOption = "default",
+    store: StoreOption = "sqlite:///grainwise.db",
+    out: Annotated[Path | None, typer.Option(help="write the profile to this file")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the best profile of a study so far (by divergence, within the budgets), from the store alone."""
+    from grainwise.store.studies import Store
+    from grainwise.study.trial import best as best_trial
+
+    with _plain_errors():
+        database = Store(store)
+        settings, trials = database.settings(study), database.trials(study)
+        leader = best_trial(trials, settings["budgets"])
+        if leader is None or leader.measurement is None:
+            raise RuntimeError(
+                f"none of the {len(trials)} trials of study {study!r} meets the budgets {settings['budgets']}"
+            )
+        profile = _stored_profile(settings, leader)
+        if out is not None:
+            profile.save(out)
+        if as_json:
+            figures = {"trial": leader.number, "trials": len(trials), **leader.measurement.to_json()}
+            _print_json({**figures, "profile": json.loads(profile.to_json())})
+        else:
+            console = Console()
+            console.print(f"trial {leader.number} of {len(trials)}: {leader.measurement}")
+            for layer, entry in profile.entries.items():
+                console.print(f"  {layer}: {entry}", highlight=False)
+
+
+def _stored_profile(settings: dict[str, Any], leader: Any) -> Any:
+    from grainwise.plan.choices import UNCOMPRESSED
+    from grainwise.plan.profile import CompressionProfile
+    from grainwise.plan.space import SpaceKind
+
+    entries = {name: entry for name, entry in leader.entries.items() if entry != UNCOMPRESSED}
+    kind = SpaceKind(settings["options"]["space"])
+    metrics = {name: float(value) for name, value in leader.measurement.to_json().items()}
+    return CompressionProfile(entries, settings["model"], settings["data"], space=kind, metrics=metrics)
+
+
+@app.command()
+def apply(
+    profile: Annotated[Path, typer.Argument(help="profile.json")],
+    model: ModelOption,
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="directory for the artefact")],
+    metric: MetricOption = "accuracy",
+    forward: ForwardOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a network as a saved profile says, and write the artefact."""
+    from grainwise.plan.profile import CompressionProfile
+    from grainwise.report.tables import show_figures
+
+    with _plain_errors():
+        read = CompressionProfile.load(profile)
+        session = _session(model, data, metric, forward, threads, space=read.space)
+        from grainwise.api import apply_profile
+
+        result = apply_profile(read, session)
+        result.export(out)
+        _print_json(result.figures()) if as_json else show_figures(result.figures(), Console())
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="the artefact")],
+    model: ModelOption,
+    data: DataOption,
+    metric: MetricOption = "accuracy",
+    forward: ForwardOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check an artefact's files, reload it, recount its bytes and measure it anew on the test split."""
+    from grainwise.report.tables import show_figures
+
+    with _plain_errors():
+        from grainwise.api import verify_artefact
+
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        network, loaded = _factory(model, "the model")(), _factory(data, "the data")()
+        figures = verify_artefact(directory, network, loaded, **_hooks(metric, forward))
+        _print_json(figures) if as_json else show_figures(figures, Console())
+
+
+def main() -> None:
+    """Entry point of the `grainwise` command."""
+    app()

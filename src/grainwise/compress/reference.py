@@ -1,0 +1,89 @@
+"""The uncompressed network and what is gathered from it once: its graph and every layer's input second moments."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grainwise.graph.forward import Forward
+from grainwise.methods.hessian import HessianAccumulator
+from grainwise.methods.problem import LayerProblem
+from grainwise.plan.layers import LayerGraph
+
+
+@dataclass(frozen=True)
+class Reference:
+    """model: in eval mode, never changed. hessians: H of each layer that runs, by name.
+    calibration: input batches (unlabelled). forward: how a batch goes through the model.
+    """
+
+    model: nn.Module
+    graph: LayerGraph
+    hessians: dict[str, Tensor]
+    calibration: tuple[Any, ...]
+    forward: Forward
+
+    @staticmethod
+    def gather(model: nn.Module, graph: LayerGraph, calibration: Sequence[Any], forward: Forward) -> Reference:
+        """One pass of the calibration batches through a copy of `model`, accumulating H = E[x xᵀ] of every layer."""
+        model = copy.deepcopy(model).eval().requires_grad_(False)
+        sums = {layer.name: HessianAccumulator(layer.geometry) for layer in graph.layers if not layer.blocked}
+
+        def watch(name: str) -> Any:
+            return lambda module, inputs: sums[name].update(inputs[0])
+
+        handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in sums]
+        try:
+            with torch.inference_mode():
+                for batch in calibration:
+                    forward(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        hessians = {name: found.hessian().clone() for name, found in sums.items()}
+        return Reference(model, graph, hessians, tuple(calibration), forward)
+
+    def problem(self, name: str) -> LayerProblem:
+        """The layer problem of a layer that runs."""
+        module = self.model.get_submodule(name)
+        bias = module.bias if isinstance(getattr(module, "bias", None), Tensor) else None
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return LayerProblem(
+            self.graph.layer(name).geometry,
+            weight.detach(),
+            None if bias is None else bias.detach(),  # type: ignore[operator]
+            self.hessians[name],
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of a model's state."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def recording(module: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, each call of `module` appends its (first input, first output tensor) to `pairs`."""
+
+    def keep(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        pairs.append(
+            (inputs[0].detach().clone(), (output if isinstance(output, Tensor) else output[0]).detach().clone())
+        )
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()

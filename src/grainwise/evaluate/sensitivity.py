@@ -1,0 +1,56 @@
+"""Sensitivity scores: the divergence that each choice alone causes, measured on a few calibration samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from grainwise.compress.build import build
+from grainwise.compress.library import VariantLibrary
+from grainwise.compress.norms import batch_statistics
+from grainwise.evaluate.data import Batch, take
+from grainwise.evaluate.evaluator import Scoring, outputs_of
+from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, Choice, Entry
+from grainwise.plan.space import SearchSpace
+from grainwise.study.sensitivity import Sensitivity
+
+Progress = Callable[[int, int], None]
+"""(done, total), called after each step."""
+
+
+def measure_sensitivity(
+    library: VariantLibrary,
+    space: SearchSpace,
+    calibration: Sequence[Batch],
+    scoring: Scoring,
+    *,
+    samples: int = 128,
+    progress: Progress = lambda done, total: None,
+) -> Sensitivity:
+    """Run the network with one choice at one layer, for every legal choice; no labels are read.
+
+    Costs one forward pass of `samples` samples for each legal choice. The variants that it solves stay in the library.
+    """
+    batches = take(calibration, samples)
+    with batch_statistics(library.reference.model):
+        reference = outputs_of(library.reference.model, batches, scoring.forward)
+
+    def score(layer: str, choice: Choice, precision: bool) -> float:
+        model = build(library, {layer: Entry(precision=choice) if precision else Entry(structure=choice)})
+        with batch_statistics(model):
+            outputs = outputs_of(model, batches, scoring.forward)
+        divergence = scoring.divergence(outputs, reference)
+        return divergence if np.isfinite(divergence) else np.inf
+
+    tables = [np.full((len(space.layers), len(c)), np.inf) for c in (STRUCTURES, PRECISIONS)]
+    total, done = int(space.structures.sum() + space.precisions.sum()), 0
+    for table, legal, choices, precision in zip(
+        tables, (space.structures, space.precisions), (STRUCTURES, PRECISIONS), (False, True), strict=True
+    ):
+        for index, action in np.argwhere(legal):
+            choice = choices[action]
+            table[index, action] = 0.0 if choice == NONE else score(space.layers[index].name, choice, precision)
+            done += 1
+            progress(done, total)
+    return Sensitivity(*tables)

@@ -1,0 +1,101 @@
+"""Tables for the terminal and the same facts as JSON: layers, legal choices, results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from grainwise.plan.choices import PRECISIONS, STRUCTURES
+from grainwise.plan.layers import Layer
+from grainwise.plan.space import SearchSpace
+from grainwise.report.card import Figures, comparison
+
+
+def inspection(space: SearchSpace, statistics: list[list[float]]) -> dict[str, Any]:
+    """Everything `inspect` knows; statistics: mean, variance and entropy (nats) of each layer's output."""
+    layers = [
+        _layer(space, index, layer, row)
+        for index, (layer, row) in enumerate(zip(space.layers, statistics, strict=True))
+    ]
+    return {
+        "layers": layers,
+        "parameters": sum(layer["weights"] for layer in layers if not layer["tied_to"]),
+        "macs": sum(layer["macs"] for layer in layers) + space.graph.other_macs,
+        "other_macs": space.graph.other_macs,
+        "couplings": [
+            {
+                "name": c.name,
+                "width": c.width,
+                "producers": c.producers(),
+                "consumers": c.consumers(),
+                "frozen": c.frozen,
+            }
+            for c in space.graph.couplings
+        ],
+        "blocks": [{"name": b.name, "decided_at": b.coupling, "layers": b.layers} for b in space.graph.blocks],
+        "notes": space.graph.notes,
+    }
+
+
+def _layer(space: SearchSpace, index: int, layer: Layer, statistics: list[float]) -> dict[str, Any]:
+    legal = [str(c) for s, c in enumerate(STRUCTURES) if space.structures[index, s]]
+    legal += [str(c) for p, c in enumerate(PRECISIONS) if p and space.precisions[index, p]]
+    refused: dict[str, list[str]] = {}
+    for choice in (*STRUCTURES[1:], *PRECISIONS[1:]):
+        if reason := space.reasons.get((layer.name, choice)):
+            refused.setdefault(reason, []).append(str(choice))
+    geometry = layer.geometry
+    return {
+        "name": layer.name,
+        "kind": str(geometry.kind),
+        "shape": geometry.weight_shape,
+        "groups": geometry.groups,
+        "weights": geometry.weights,
+        "macs": layer.macs,
+        "tied_to": layer.tied_to,
+        "mean": statistics[0],
+        "variance": statistics[1],
+        "entropy": statistics[2],
+        "legal": legal,
+        "refused": refused,
+    }
+
+
+def show_inspection(facts: dict[str, Any], console: Console) -> None:
+    table = Table("layer", "kind", "weight", "weights", "MACs", "mean", "variance", "entropy", "legal choices")
+    for layer in facts["layers"]:
+        table.add_row(
+            layer["name"],
+            layer["kind"],
+            "x".join(map(str, layer["shape"])),
+            f"{layer['weights']:,}",
+            f"{layer['macs']:,}",
+            *(f"{layer[name]:.3g}" for name in ("mean", "variance", "entropy")),
+            _summary(layer["legal"]),
+        )
+    console.print(table)
+    console.print(f"{facts['parameters']:,} weights in layers, {facts['macs']:,} multiply-accumulates per sample")
+    for layer in facts["layers"]:
+        for reason, choices in layer["refused"].items():
+            console.print(f"[dim]{layer['name']}: not {_summary(choices)}: {reason}[/dim]", highlight=False)
+    for note in facts["notes"]:
+        console.print(f"note: {note}", highlight=False)
+
+
+def _summary(choices: list[str]) -> str:
+    """`prune/layer 0.1 0.3, quantize/channel 8 4 2` instead of one word for each level."""
+    levels: dict[str, list[str]] = {}
+    for choice in choices:
+        kind, _, level = choice.rpartition("/")
+        if kind:
+            levels.setdefault(kind, []).append(level)
+    return ", ".join(f"{kind} {' '.join(found)}" for kind, found in levels.items()) or "none"
+
+
+def show_figures(figures: Figures, console: Console) -> None:
+    table = Table("", "reference", "compressed", "change")
+    for row in comparison(figures):
+        table.add_row(*row)
+    console.print(table)

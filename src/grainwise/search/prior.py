@@ -1,0 +1,232 @@
+"""What sensitivity scores say before anything is tried: log-weights for the entries of a walk, aimed at the budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry, entry_of, numbers_of
+from grainwise.plan.cost import Cost
+from grainwise.plan.projection import BLOCK_STUDENTS, Projection, Walk
+from grainwise.search.draft import Draft
+from grainwise.study.sensitivity import Sensitivity
+
+_FACTORS = np.geomspace(1 / 64, 64, 49)  # of the multiplier, tried at every step of a walk
+_ROUNDS, _HALVINGS = 3, 14
+
+Table = NDArray[np.float64]
+
+
+class Prior:
+    """Log-weights -(score + multiplier * cost) / temperature over the entries of each layer.
+
+    The multipliers, one for each budget, make the additive (Lagrangian) solution meet the budgets: Everett 1963, and
+    HAWQ-V2 / SPDY for compression. The cost of an entry is what it changes in the whole solution, so narrowing is
+    credited with what it saves in the layers that read the channels. Along a walk the multipliers are scaled such that
+    what the remaining layers are expected to cost fits what is left.
+
+    temperature: in units of the additive solution's score per layer. sensitivity None: all weights are equal.
+    """
+
+    def __init__(self, projection: Projection, sensitivity: Sensitivity | None, temperature: float = 0.5) -> None:
+        self.projection = projection
+        self.sensitivity = sensitivity
+        self._layers = len(projection.space.layers)
+        self._best: tuple[float, dict[str, Entry]] | None = None
+        if sensitivity is None:
+            return
+        self.scores = _finite_scores(projection, sensitivity)
+        self._solve()
+        self.set_temperature(temperature)
+
+    def set_temperature(self, temperature: float) -> None:
+        """Change how far from the additive solution the weights let a walk go."""
+        if temperature <= 0:
+            raise ValueError(f"the temperature of a prior must be above 0, got {temperature}")
+        if self.sensitivity is not None:
+            self.temperature = temperature
+            self._expect()
+
+    def learn(self, sensitivity: Sensitivity) -> None:
+        """Take better scores; the multipliers stay, a walk scales them to its budget anyway."""
+        self.scores = _finite_scores(self.projection, sensitivity)
+        self._expect()
+
+    def improved(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """The Lagrangian solution of the current scores that coordinate descent reaches from a profile, with its slack
+        filled; when it exceeds a budget, the given profile with its slack filled.
+        """
+        draft = Draft(self.projection.cost, entries)
+        for factor in _FACTORS[len(_FACTORS) // 2 :: 4]:
+            self._descend(draft, self.multipliers * self._unit * factor)
+            if (draft.total <= self.projection.budget).all():
+                break
+        else:
+            draft = Draft(self.projection.cost, entries)
+        fill(draft, self.scores, self.projection.budget)
+        return draft.entries()
+
+    def batch_log_weights(self, factors: Table) -> Table:
+        """`[.., L, S, P]` log-weights under the current scores, for multiplier factors `[.., L]` of earlier walks."""
+        if self.sensitivity is None:
+            return np.zeros((*factors.shape, len(STRUCTURES), len(PRECISIONS)))
+        value = -(self.scores + factors[..., None, None] * self._priced) / self._tau
+        floored: Table = np.maximum(value - value.max(axis=(-2, -1), keepdims=True), -60.0)
+        return floored
+
+    def _solve(self) -> None:
+        """Coordinate bisection on the multipliers; each solution is the Lagrangian one by coordinate descent."""
+        shared = self.projection
+        draft = Draft(shared.cost, cheapest(shared))
+        multipliers = np.zeros(2)
+        unit = self.scores[np.isfinite(self.scores)].max()
+        finite = np.flatnonzero(np.isfinite(shared.budget)).tolist()
+        for _ in range(_ROUNDS if len(finite) > 1 else 1):
+            for k in finite:
+                low, high = 1e-9, 1e3
+                for _ in range(_HALVINGS):
+                    multipliers[k] = unit * np.sqrt(low * high) / shared.budget[k]
+                    self._descend(draft, multipliers)
+                    low, high = (low, np.sqrt(low * high)) if self._fits(draft, k) else (np.sqrt(low * high), high)
+                multipliers[k] = unit * high / shared.budget[k]
+        self._descend(draft, multipliers)
+        if self._best is None:
+            self._remember(Draft(shared.cost, cheapest(shared)))
+        assert self._best is not None
+        self.multipliers: Cost = np.maximum(multipliers, 0.0)
+        solved = Draft(shared.cost, self._best[1])
+        self._reference = solved
+        self._margins: Table = np.stack([solved.changes(index) for index in range(self._layers)])  # [L, S, P, 2]
+        self._first = max(self._best[0], 1e-9)
+        self._scale = self._first / self._layers
+
+    def _fits(self, draft: Draft, k: int) -> bool:
+        if (draft.total <= self.projection.budget).all():
+            copy = Draft(self.projection.cost, draft.entries())
+            fill(copy, self.scores, self.projection.budget)
+            self._remember(copy)
+        return bool(draft.total[k] <= self.projection.budget[k])
+
+    def _remember(self, draft: Draft) -> None:
+        score = self.score(draft)
+        if self._best is None or score < self._best[0]:
+            self._best = score, draft.entries()
+
+    def score(self, draft: Draft) -> float:
+        """Sum of the scores of a profile's entries."""
+        return float(sum(self.scores[index, s, p] for index, (s, p) in enumerate(draft.numbers)))
+
+    def _descend(self, draft: Draft, multipliers: Cost, sweeps: int = 4) -> None:
+        for _ in range(sweeps):
+            moved = False
+            for index in range(self._layers):
+                changes = draft.changes(index)
+                legal = np.isfinite(changes[..., 0])
+                value = self.scores[index] + np.where(legal[..., None], changes, 0.0) @ multipliers
+                value = np.where(legal, value, np.inf)
+                for s in BLOCK_STUDENTS:
+                    value[s] -= stripped_score(draft, self.scores, index, s)
+                s, p = (int(i) for i in np.unravel_index(np.argmin(value), value.shape))
+                if value[s, p] < value[draft.numbers[index]] - 1e-12:
+                    draft.replace(index, s, p)
+                    moved = True
+            if not moved:
+                return
+
+    def _expect(self) -> None:
+        """Expected change of cost against the solution of layers l.., for each factor of the multipliers."""
+        margins = np.where(np.isfinite(self._margins), self._margins, 0.0)
+        numbers = self._reference.numbers
+        now = sum(self.scores[index, s, p] for index, (s, p) in enumerate(numbers))
+        self._unit = now / max(self._first, 1e-12)  # multipliers are in score per cost: they grow with the scores
+        self._tau = self.temperature * self._scale * self._unit
+        priced = margins @ self.multipliers * self._unit  # [L, S, P]
+        legal = np.isfinite(self._margins[..., 0])
+        value = -(self.scores + _FACTORS[:, None, None, None] * priced) / self._tau
+        value = np.where(legal, value, -np.inf)
+        weights = np.exp(value - value.max(axis=(2, 3), keepdims=True))
+        weights /= weights.sum(axis=(2, 3), keepdims=True)
+        cost = np.einsum("flsp,lspk->flk", weights, margins)
+        self._priced = priced
+        self._ahead = np.flip(np.cumsum(np.flip(cost, axis=1), axis=1), axis=1)  # [factors, L, 2]
+        self._left = self.projection.budget - self._reference.total
+
+    def factor(self, walk: Walk) -> float:
+        """Scale of the multipliers at the walk's step: above 1 when what was chosen so far spent more than planned."""
+        if self.sensitivity is None:
+            return 1.0
+        spent = np.zeros(2)
+        for index, entry in enumerate(walk.entries.values()):
+            change = self._margins[index][numbers_of(entry)]
+            spent += np.where(np.isfinite(change), change, 0.0)
+        over = ((spent + self._ahead[:, walk.step] - self._left) * self.projection.weight).max(axis=1)
+        fitting = np.flatnonzero(over <= 0)
+        return float(_FACTORS[fitting[0]] if len(fitting) else _FACTORS[-1])
+
+    def log_weights(self, walk: Walk) -> Table:
+        """`[S, P]` finite log-weights of the entries of the walk's current layer, legal or not."""
+        if self.sensitivity is None:
+            return np.zeros((len(STRUCTURES), len(PRECISIONS)))
+        value: Table = -(self.scores[walk.step] + self.factor(walk) * self._priced[walk.step]) / self._tau
+        floored: Table = np.maximum(value - value.max(), -60.0)
+        return floored
+
+    def solution(self) -> dict[str, Entry]:
+        """The additive solution with its slack filled; without scores the cheapest completion."""
+        return cheapest(self.projection) if self._best is None else dict(self._best[1])
+
+
+def _finite_scores(projection: Projection, sensitivity: Sensitivity) -> Table:
+    """`[L, S, P]` scores; entries that are legal but have no finite score count as worse than all others."""
+    scores = np.stack([sensitivity.pairs(index) for index in range(len(projection.space.layers))])
+    finite = scores[np.isfinite(scores)]
+    return np.where(np.isfinite(scores), scores, 10 * finite.max() + 1.0)
+
+
+def stripped_score(draft: Draft, scores: Table, index: int, structure: int) -> float:
+    """Score that goes away with the structures which a block student replaces."""
+    numbers = ((i, *draft.numbers[i]) for i in draft.stripped(index, structure))
+    return float(sum(scores[i, s, p] - scores[i, 0, p] for i, s, p in numbers))
+
+
+def cheapest(projection: Projection) -> dict[str, Entry]:
+    """A profile that meets the budgets: at every layer the allowed entry of the lowest weighted cost."""
+    walk = Walk(projection)
+    while not walk.done:
+        allowed, (_, costs) = walk.allowed(), walk.costs()
+        value = np.where(allowed, (np.where(allowed[..., None], costs, 0.0) * projection.weight).sum(axis=2), np.inf)
+        s, p = np.unravel_index(np.argmin(value), value.shape)
+        walk.take(entry_of(int(s), int(p)))
+    return walk.entries
+
+
+def fill(draft: Draft, scores: Table, budget: Cost, keep: Collection[int] = ()) -> None:
+    """Spend the slack: again and again the revision that lowers the score most per cost, while the budgets hold.
+
+    scores: `[L, S, P]`. keep: layers that stay as they are. A revision that saves cost and score at once comes first.
+    Changes `draft` in place.
+    """
+    weight = np.where(np.isfinite(budget), 1 / np.where(np.isfinite(budget), budget, 1.0), 0.0)
+    for _ in range(4 * len(draft.layers)):
+        best, found = 0.0, None
+        slack = budget - draft.total
+        for index, own in enumerate(draft.numbers):
+            if index in keep:
+                continue
+            changes = draft.changes(index)
+            gain = scores[index][own] - scores[index]
+            for s in BLOCK_STUDENTS:
+                gain[s] += stripped_score(draft, scores, index, s)
+            fits = (gain > 1e-12) & (changes <= slack).all(axis=2)
+            if not fits.any():
+                continue
+            price = np.where(fits[..., None], changes, 0.0) @ weight
+            value = np.where(fits, gain / np.maximum(price, 1e-6), 0.0)
+            s, p = (int(i) for i in np.unravel_index(np.argmax(value), value.shape))
+            if value[s, p] > best:
+                best, found = float(value[s, p]), (index, s, p)
+        if found is None:
+            return
+        draft.replace(*found)
