@@ -103,7 +103,7 @@ def normalise(images: np.ndarray) -> Tensor:
     return (torch.from_numpy(images).float() / 255 - mean) / std
 
 
-CALIBRATION, SEARCH, HELD_OUT = 512, 512, 2500
+CALIBRATION, SEARCH, HELD_OUT = 512, 256, 2500
 
 
 def batches(images: np.ndarray, labels: np.ndarray, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -120,6 +120,6 @@ def splits() -> Data:
     held = slice(len(train) - HELD_OUT, len(train) - HELD_OUT + SEARCH)
     return Data(
         calibration=batches(train[:CALIBRATION], labels[:CALIBRATION], 128),
-        search=batches(train[held], labels[held], SEARCH),
+        search=batches(train[held], labels[held], 128),
         test=batches(data["test_images"], data["test_labels"], 500),
     )

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from grainwise.evaluate.data import Data, Splits, take
-from grainwise.evaluate.evaluator import channels_last, outputs_of, targets_of
+from grainwise.evaluate.evaluator import outputs_of, targets_of
 from grainwise.evaluate.measures import Metric, checked, resolve_metric
 from grainwise.export.artefact import ArtefactError, load
 from grainwise.export.weights import weights_bytes
@@ -22,6 +22,7 @@ from grainwise.plan.choices import Entry, Method
 from grainwise.plan.profile import CompressionProfile, ProfileError
 from grainwise.plan.projection import Projection
 from grainwise.plan.space import SpaceKind
+from grainwise.realise.reference import channels_last
 from grainwise.search.baselines import EvolutionSearcher, RandomSearcher
 from grainwise.search.driver import Budget, Judge, search
 from grainwise.search.prior import Prior

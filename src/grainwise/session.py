@@ -8,10 +8,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from grainwise.compress.library import VariantLibrary
-from grainwise.compress.reference import Reference, fingerprint
 from grainwise.evaluate.data import Data, Splits, take
-from grainwise.evaluate.evaluator import Evaluator, Scoring, channels_last, other_tensors
+from grainwise.evaluate.evaluator import Evaluator, Scoring, other_tensors
 from grainwise.evaluate.measures import DIVERGENCES, Metric, resolve_metric
 from grainwise.evaluate.sensitivity import measure_sensitivity
 from grainwise.export import artefact
@@ -23,6 +21,8 @@ from grainwise.plan.choices import Entry, Method
 from grainwise.plan.cost import COSTS, CostModel
 from grainwise.plan.profile import CompressionProfile
 from grainwise.plan.space import SearchSpace, SpaceKind
+from grainwise.realise.library import VariantLibrary
+from grainwise.realise.reference import Reference, fingerprint
 from grainwise.report.card import model_card
 from grainwise.study.measurement import Measurement
 from grainwise.study.sensitivity import Sensitivity
@@ -61,7 +61,7 @@ class Session:
         example = take(splits.calibration, EXAMPLE_SAMPLES)[0].inputs
         graph = trace(model, example, forward)
         inputs = [batch.inputs for batch in splits.calibration]
-        reference = Reference.gather(channels_last(model), graph, inputs, forward)
+        reference = Reference.gather(model, graph, inputs, forward)
         legal = SearchSpace.of(graph, space, methods)
         cost = CostModel(legal, other_tensors(reference.model, [layer.name for layer in graph.layers]))
         evaluator = Evaluator(VariantLibrary(reference), splits, cost, scoring)

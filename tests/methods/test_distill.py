@@ -98,3 +98,10 @@ def test_no_steps_or_parameters_change_nothing() -> None:
     start = copy.deepcopy(student.state_dict())
     train_block(student, bad, steps=3, learning_rate=1e-2, seed=0)
     assert all(torch.equal(start[key], value) for key, value in student.state_dict().items())
+
+
+def test_filters_are_as_large_as_their_effect() -> None:
+    problem, _ = real("layer2.0.conv1")
+    _, mixing = restructure(problem, Choice(Method.DISTILL, Granularity.LAYER, 0.5)).stages
+    norms = mixing.problem.matrix.norm(dim=0)
+    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-3)

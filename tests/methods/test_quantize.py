@@ -74,6 +74,17 @@ def test_scale_search_by_hand() -> None:
     assert float(outlier) < 20
 
 
+def test_scales_are_stored_exactly() -> None:
+    problem, _ = synthetic("linear")
+    rows = problem.matrix
+    for scale in (
+        search_scale(rows, torch.ones_like(rows), 4),
+        refit_scale(problem, rows.sign(), Granularity.BLOCK),
+        refit_scale(problem, rows.sign(), Granularity.LAYER),
+    ):
+        assert torch.equal(scale, scale.half().float()) and bool((scale > 0).all())
+
+
 def test_refitted_scales_are_least_squares() -> None:
     problem, _ = synthetic("linear")
     levels = torch.randint(-7, 8, problem.matrix.shape, generator=torch.Generator().manual_seed(0)).float()
@@ -110,8 +121,17 @@ def test_pruned_weights_stay_zero_and_are_compensated(method: Granularity, choic
     spread = spread_scales(found.scale, problem.geometry, choice.granularity)
     values = (found.codes.float() - CENTRE[bits]) * spread * stage.support
     naive = _nearest(stage.problem, choice) * stage.support
-    assert problem.relative_error(values) < problem.relative_error(naive)
-    assert (
-        problem.relative_error(values)
-        < problem.relative_error(stage.problem.weight) + {8: 1e-3, 4: 0.02, 2: 0.15}[bits]
-    )
+    error, pruned = problem.relative_error(values), problem.relative_error(stage.problem.weight)
+    assert error < problem.relative_error(naive)
+    assert error < pruned + {8: 2e-4, 4: 0.006, 2: 0.04}[bits]  # measured: 4e-5, 0.004, 0.03
+
+
+def test_a_shared_scale_serves_the_inputs_that_matter() -> None:
+    g = Geometry(Kind.EMBEDDING, 20, 16)
+    weight = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    weight[0] *= 10  # a token that hardly ever comes
+    problem = LayerProblem(g, weight, None, torch.tensor([1e-9] + [1 / 19] * 19))
+    rest = replace(problem, weight=weight * (torch.arange(20) > 0)[:, None])
+    found = _values(problem, Choice(Method.QUANTIZE, Granularity.LAYER, 4)) * (torch.arange(20) > 0)[:, None]
+    # Measured 0.02; 0.33 when every token counts the same, for then the scale covers the large one.
+    assert rest.relative_error(found) < 0.05

@@ -16,6 +16,12 @@ from grainwise.plan.choices import LEVELS, NONE, PRECISIONS, STRUCTURES, Choice,
 from tests.methods.samples import GEOMETRIES, real, structures_of, synthetic
 
 REAL_LAYER = "layer2.0.conv1"  # 16 to 32 channels, 3x3, stride 2
+SOME_PRECISIONS = (
+    NONE,
+    Choice(Method.QUANTIZE, Granularity.LAYER, 2),
+    Choice(Method.QUANTIZE, Granularity.BLOCK, 4),
+    Choice(Method.QUANTIZE, Granularity.CHANNEL, 8),
+)
 NAMES = [REAL_LAYER, *(name for name in GEOMETRIES if name != "conv2d stride 2")]
 
 
@@ -50,7 +56,7 @@ def test_every_cell_is_stored_in_exactly_the_planned_bytes(name: str) -> None:
     for choice in structures_of(g):
         plan = shapes.stages(g, choice)
         assert tuple(s.stage for s in _structure(name, choice).stages) == plan
-        for precision in PRECISIONS:
+        for precision in PRECISIONS if name == REAL_LAYER else SOME_PRECISIONS:
             module = cell(name, choice, precision)
             planned = sum(sum(shapes.stage_tensors(s, precision).values()) for s in plan)
             assert _bytes(module) == planned + sum(shapes.routing_tensors(g, choice).values()), f"{choice}, {precision}"
@@ -83,7 +89,7 @@ def test_error_grows_with_the_level(name: str) -> None:
         assert all(e < 1 for e in errors)
 
 
-@pytest.mark.parametrize("name", [REAL_LAYER, "conv1d", "linear", "embedding"])
+@pytest.mark.parametrize("name", [REAL_LAYER, "embedding"])
 def test_precision_adds_to_structure(name: str) -> None:
     problem, inputs = _layer(name)
     for choice in structures_of(problem.geometry):
@@ -103,7 +109,7 @@ def test_modules_do_what_their_matrix_says(name: str) -> None:
     for choice in structures_of(problem.geometry):
         if (choice.method, choice.granularity) == (Method.DISTILL, Granularity.CHANNEL):
             continue
-        module = cell(name, choice, PRECISIONS[5])
+        module = cell(name, choice, SOME_PRECISIONS[2])
         matrix = effective_matrix(module, problem.geometry)
         dense = LayerProblem(problem.geometry, matrix.reshape(problem.weight.shape), problem.bias, problem.hessian)
         expected = realise(restructure(dense, NONE))(inputs[:4])

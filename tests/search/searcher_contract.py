@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 
 import pytest
-from synthetic import Bed, bed
 
 from grainwise.search.searcher import Proposal, Searcher
 from grainwise.study.measurement import Failure
 from grainwise.study.trial import Trial
+from tests.search.synthetic import Bed, bed
 
 
 def _keys(proposals: Sequence[Proposal]) -> list[tuple[str, ...]]:
@@ -73,7 +73,8 @@ class SearcherContract:
         for _ in range(3):
             proposals = searcher.ask(count)
             outcomes = [Failure("build", "test") if reward is None else problem.measure(p.entries) for p in proposals]
-            searcher.tell([Trial(i, p.entries, o, reward, p.source, 0.0) for i, (p, o) in enumerate(zip(proposals, outcomes, strict=True))])  # fmt: skip  # noqa: E501
+            pairs = enumerate(zip(proposals, outcomes, strict=True))
+            searcher.tell([Trial(i, p.entries, outcome, reward, p.source, 0.0) for i, (p, outcome) in pairs])
         tensors, _ = searcher.state()
         finite = [t for name, t in tensors.items() if name.startswith("policy.")]
         assert all(t.isfinite().all() for t in finite)

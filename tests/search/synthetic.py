@@ -1,9 +1,10 @@
-"""A ResNet-20-like network as plain records, and a made-up measurement with interactions: a search test without torch."""
+"""A ResNet-20-like network as plain records, and a made-up measurement with interactions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -133,11 +134,12 @@ class Bed:
         return Trial(number, proposal.entries, outcome, reward, proposal.source, 0.0)
 
 
+@cache
 def bed(
     seed: int, *, size: float | None = 0.12, macs: float | None = 0.5, kind: str = "chain", blocks: int = 3,
     noise: float = 0.7,
 ) -> Bed:  # fmt: skip
-    """Budgets are shares of the uncompressed network's cost."""
+    """Budgets are shares of the uncompressed network's cost. Cached, so that tests share the cost tables."""
     rng = np.random.default_rng(seed)
     graph, others = resnet(blocks)
     space = SearchSpace.of(graph, SpaceKind(kind))

@@ -1,9 +1,8 @@
-from searcher_contract import SearcherContract
-from synthetic import Bed, bed, best_divergence, run
-
 from grainwise.search.baselines import EvolutionConfig, EvolutionSearcher, RandomSearcher
 from grainwise.search.prior import Prior
 from grainwise.search.searcher import Searcher
+from tests.search.searcher_contract import SearcherContract
+from tests.search.synthetic import Bed, bed, best_divergence, run
 
 _SMALL = EvolutionConfig(population=8, tournament=3)
 

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from synthetic import Bed, bed
 
 from grainwise.plan.choices import entry_of
 from grainwise.plan.projection import Walk
@@ -9,6 +8,7 @@ from grainwise.search.draft import Draft
 from grainwise.search.prior import Prior, cheapest, fill
 from grainwise.search.walks import key_of, sample, uniform
 from grainwise.study.sensitivity import Sensitivity
+from tests.search.synthetic import Bed, bed
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,10 @@ def test_a_walk_that_spent_more_than_planned_prices_cost_higher(problem: Bed) ->
     prior = Prior(problem.projection, problem.sensitivity)
     lavish, frugal = Walk(problem.projection), Walk(problem.projection)
     for _ in range(4):
-        legal, costs = lavish.costs()
+        _, costs = lavish.costs()
         allowed = lavish.allowed()
         lavish.take(entry_of(*_extreme(np.where(allowed, costs[..., 0], -np.inf), np.argmax)))
-        legal, costs = frugal.costs()
+        _, costs = frugal.costs()
         frugal.take(entry_of(*_extreme(np.where(frugal.allowed(), costs[..., 0], np.inf), np.argmin)))
     assert prior.factor(lavish) > prior.factor(frugal)
 

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grainwise.compress.build import build
-from grainwise.compress.library import VariantLibrary
-from grainwise.compress.norms import batch_statistics, freeze_norms, reestimate_norms
 from grainwise.evaluate.data import Batch, Splits
 from grainwise.evaluate.measures import Divergence, Metric, checked
 from grainwise.export.weights import stored_tensors, weights_bytes
 from grainwise.graph.forward import Forward
 from grainwise.plan.choices import Entry
 from grainwise.plan.cost import CostModel
+from grainwise.realise.build import build
+from grainwise.realise.library import VariantLibrary
+from grainwise.realise.norms import batch_statistics, freeze_norms, reestimate_norms
+from grainwise.realise.reference import channels_last
 from grainwise.study.measurement import Failure, Measurement, Outcome
 
 
@@ -30,11 +31,6 @@ def outputs_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> 
 
 def targets_of(batches: Sequence[Batch]) -> Tensor:
     return torch.cat([batch.targets for batch in batches if batch.targets is not None])
-
-
-def channels_last(model: nn.Module) -> nn.Module:
-    """The model with its convolution weights in channels-last memory (the layout that batches come in)."""
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from grainwise.compress.build import build
-from grainwise.compress.library import VariantLibrary
-from grainwise.compress.norms import batch_statistics
 from grainwise.evaluate.data import Batch, take
 from grainwise.evaluate.evaluator import Scoring, outputs_of
 from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, Choice, Entry
 from grainwise.plan.space import SearchSpace
+from grainwise.realise.build import build
+from grainwise.realise.library import VariantLibrary
+from grainwise.realise.norms import batch_statistics
 from grainwise.study.sensitivity import Sensitivity
 
 Progress = Callable[[int, int], None]

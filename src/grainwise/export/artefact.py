@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from grainwise.compress.norms import FrozenNorm, freeze_norms
 from grainwise.export.weights import file_bytes, stored_tensors
 from grainwise.methods.modules import construct, describe
 from grainwise.plan.layers import LayerGraph
 from grainwise.plan.profile import CompressionProfile
+from grainwise.realise.norms import FrozenNorm, freeze_norms
 
 WEIGHTS, PROFILE, MANIFEST, CARD = "model.safetensors", "profile.json", "manifest.json", "README.md"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from grainwise.compress.norms import norms
+from grainwise.realise.norms import norms
 
 # In the order in which the file holds them: safetensors writes the widest alignment first.
 _DTYPES = {

@@ -117,7 +117,8 @@ def quantize(stage: StageProblem, choice: Choice) -> Quantised:
         return _coded(problem.matrix, scale, g, granularity, bits)
 
     def rounder(scale: Tensor) -> _ColumnRounder:
-        return _ColumnRounder(spread_scales(scale, g, granularity).T.contiguous(), keep.T.contiguous(), bits)
+        wide = spread_scales(scale, g, granularity).T.contiguous()
+        return _ColumnRounder(wide, wide * keep.T, bits)
 
     def cost(values: Tensor) -> float:
         return energy(problem.matrix - values, h)
@@ -147,12 +148,11 @@ def _coded(values: Tensor, scale: Tensor, g: Geometry, granularity: Granularity,
 
 @dataclass(frozen=True, slots=True)
 class _ColumnRounder:
-    """Rounds column j `[R]` to the grid of its scales; scale and keep are `[C, R]`."""
+    """Rounds column j `[R]` to the grid of its scales. scale: `[C, R]`; kept_scale: the same, zero where pruned."""
 
     scale: Tensor
-    keep: Tensor
+    kept_scale: Tensor
     bits: int
 
     def __call__(self, j: int, column: Tensor) -> Tensor:
-        scale = self.scale[j]
-        return (to_codes(column, scale, self.bits) - CENTRE[self.bits]) * scale * self.keep[j]
+        return (to_codes(column, self.scale[j], self.bits) - CENTRE[self.bits]) * self.kept_scale[j]

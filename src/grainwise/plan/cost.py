@@ -52,6 +52,7 @@ class CostModel:
         self._digits = len(str(4 * full))
         self._other_groups = self._grouped_others()
         self._other_sizes: dict[tuple[int, ...], float] = {}
+        self._fixed: dict[frozenset[tuple[str, int]], Cost] = {}
 
     def _layer_cuts(self, layer: Layer) -> tuple[tuple[str, bool, int], ...]:
         """(coupling, cuts outputs, positions per unit) for each coupling that narrows the layer's weight."""
@@ -147,7 +148,14 @@ class CostModel:
         return _HEADER_PER_TENSOR + len(name) + 2 * self._digits + 4 * dimensions
 
     def fixed(self, widths: Widths) -> Cost:
-        """`[2]`: what is stored and computed beside the layers."""
+        """`[2]`, read-only: what is stored and computed beside the layers."""
+        decided = frozenset(widths.items())
+        if decided not in self._fixed:
+            self._fixed[decided] = self._compute_fixed(widths)
+            self._fixed[decided].flags.writeable = False
+        return self._fixed[decided]
+
+    def _compute_fixed(self, widths: Widths) -> Cost:
         size = 64.0
         for number, (couplings, tensors) in enumerate(self._other_groups):
             key = (number, *(widths.get(coupling, -1) for coupling in couplings))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from grainwise.plan.choices import NONE, UNCOMPRESSED, Choice, Entry, Granularity, Method
+from grainwise.plan.choices import LEVELS, NONE, UNCOMPRESSED, Choice, Entry, Granularity, Method
 from grainwise.plan.space import SpaceKind
 
 SCHEMA_VERSION = 1
@@ -63,7 +63,10 @@ _Read = TypeVar("_Read", bound=_Strict)
 
 
 def _choice(read: _ChoiceJson | None) -> Choice:
-    return NONE if read is None else Choice(read.method, read.granularity, read.level)
+    if read is None:
+        return NONE
+    level = next((known for known in LEVELS[read.method] if known == read.level), read.level)  # 8, not 8.0
+    return Choice(read.method, read.granularity, level)
 
 
 def _entry(read: _EntryJson) -> Entry:

@@ -81,6 +81,7 @@ class Prior:
         shared = self.projection
         draft = Draft(shared.cost, cheapest(shared))
         multipliers = np.zeros(2)
+        tried: set[tuple[tuple[int, int], ...]] = set()
         unit = self.scores[np.isfinite(self.scores)].max()
         finite = np.flatnonzero(np.isfinite(shared.budget)).tolist()
         for _ in range(_ROUNDS if len(finite) > 1 else 1):
@@ -89,7 +90,9 @@ class Prior:
                 for _ in range(_HALVINGS):
                     multipliers[k] = unit * np.sqrt(low * high) / shared.budget[k]
                     self._descend(draft, multipliers)
-                    low, high = (low, np.sqrt(low * high)) if self._fits(draft, k) else (np.sqrt(low * high), high)
+                    low, high = (
+                        (low, np.sqrt(low * high)) if self._fits(draft, k, tried) else (np.sqrt(low * high), high)
+                    )
                 multipliers[k] = unit * high / shared.budget[k]
         self._descend(draft, multipliers)
         if self._best is None:
@@ -102,8 +105,11 @@ class Prior:
         self._first = max(self._best[0], 1e-9)
         self._scale = self._first / self._layers
 
-    def _fits(self, draft: Draft, k: int) -> bool:
-        if (draft.total <= self.projection.budget).all():
+    def _fits(self, draft: Draft, k: int, tried: set[tuple[tuple[int, int], ...]]) -> bool:
+        """True when budget k holds; a solution that meets all budgets is filled and remembered, once."""
+        numbers = tuple(draft.numbers)
+        if (draft.total <= self.projection.budget).all() and numbers not in tried:
+            tried.add(numbers)
             copy = Draft(self.projection.cost, draft.entries())
             fill(copy, self.scores, self.projection.budget)
             self._remember(copy)
@@ -165,11 +171,15 @@ class Prior:
         fitting = np.flatnonzero(over <= 0)
         return float(_FACTORS[fitting[0]] if len(fitting) else _FACTORS[-1])
 
-    def log_weights(self, walk: Walk) -> Table:
-        """`[S, P]` finite log-weights of the entries of the walk's current layer, legal or not."""
+    def log_weights(self, walk: Walk, factor: float | None = None) -> Table:
+        """`[S, P]` finite log-weights of the entries of the walk's current layer, legal or not.
+
+        factor: what `factor(walk)` gave, when it is known already.
+        """
         if self.sensitivity is None:
             return np.zeros((len(STRUCTURES), len(PRECISIONS)))
-        value: Table = -(self.scores[walk.step] + self.factor(walk) * self._priced[walk.step]) / self._tau
+        scale = self.factor(walk) if factor is None else factor
+        value: Table = -(self.scores[walk.step] + scale * self._priced[walk.step]) / self._tau
         floored: Table = np.maximum(value - value.max(), -60.0)
         return floored
 
@@ -209,24 +219,34 @@ def fill(draft: Draft, scores: Table, budget: Cost, keep: Collection[int] = ()) 
     Changes `draft` in place.
     """
     weight = np.where(np.isfinite(budget), 1 / np.where(np.isfinite(budget), budget, 1.0), 0.0)
+    known: dict[int, tuple[Table, _Upgrades]] = {}  # while the draft remembers a layer's changes, so does this
     for _ in range(4 * len(draft.layers)):
         best, found = 0.0, None
         slack = budget - draft.total
-        for index, own in enumerate(draft.numbers):
-            if index in keep:
-                continue
+        for index in (i for i in range(len(draft.layers)) if i not in keep):
             changes = draft.changes(index)
-            gain = scores[index][own] - scores[index]
-            for s in BLOCK_STUDENTS:
-                gain[s] += stripped_score(draft, scores, index, s)
-            fits = (gain > 1e-12) & (changes <= slack).all(axis=2)
-            if not fits.any():
-                continue
-            price = np.where(fits[..., None], changes, 0.0) @ weight
-            value = np.where(fits, gain / np.maximum(price, 1e-6), 0.0)
-            s, p = (int(i) for i in np.unravel_index(np.argmax(value), value.shape))
-            if value[s, p] > best:
-                best, found = float(value[s, p]), (index, s, p)
+            if index not in known or known[index][0] is not changes:
+                known[index] = changes, _upgrades(draft, scores, index, weight)
+            values, costs, numbers = known[index][1]
+            fits = np.flatnonzero((costs <= slack).all(axis=1))
+            if len(fits) and values[fits[0]] > best:
+                best, found = float(values[fits[0]]), (index, *divmod(int(numbers[fits[0]]), len(PRECISIONS)))
         if found is None:
             return
         draft.replace(*found)
+
+
+_Upgrades = tuple[Table, Table, NDArray[np.intp]]
+
+
+def _upgrades(draft: Draft, scores: Table, index: int, weight: Cost) -> _Upgrades:
+    """Entries of a layer that lower the score, best first: score gained per cost `[U]`, cost `[U, 2]`, number `[U]`."""
+    gain = scores[index][draft.numbers[index]] - scores[index]
+    for s in BLOCK_STUDENTS:
+        gain[s] += stripped_score(draft, scores, index, s)
+    changes = draft.changes(index)
+    numbers = np.flatnonzero((gain > 1e-12) & np.isfinite(changes[..., 0]))
+    costs = changes.reshape(-1, 2)[numbers]
+    values = gain.ravel()[numbers] / np.maximum(costs @ weight, 1e-6)
+    order = np.argsort(-values, kind="stable")
+    return values[order], costs[order], numbers[order]

@@ -105,12 +105,13 @@ class ControllerSearcher:
 
     def ask(self, count: int) -> list[Proposal]:
         proposals = []
-        if not self._told and not self._seen and self._prior.sensitivity is not None:
+        if not self._told and self._prior.sensitivity is not None:
             first = self._prior.solution()
-            self._seen.add(key_of(self._projection, first))
-            proposals.append(Proposal(first, "prior"))
+            if key_of(self._projection, first) not in self._seen:
+                self._seen.add(key_of(self._projection, first))
+                proposals.append(Proposal(first, "prior"))
         elite = self._elite()
-        if elite and self._sensitivity is not None and self.config.learn_scores and count > 1:
+        if elite and self._sensitivity is not None and self.config.learn_scores and count > 1 + len(proposals):
             solved = self._prior.improved(entries_of(self._projection, elite[0].key))
             key = key_of(self._projection, solved)
             if key not in self._seen:
@@ -252,9 +253,10 @@ class ControllerSearcher:
         finite = np.isfinite(budget)
         dynamic, prior = [], []
         for walk in walks:
+            factor = self._prior.factor(walk)
             left = np.where(finite, 1 - walk.completed / np.where(finite, budget, 1.0), 1.0)
-            dynamic.append([*np.clip(left, -1, 1), math.log(self._prior.factor(walk)) / 4])
-            prior.append(self._prior.log_weights(walk))
+            dynamic.append([*np.clip(left, -1, 1), math.log(factor) / 4])
+            prior.append(self._prior.log_weights(walk, factor))
         return Inputs(
             static=self._static[step].expand(count, 1, -1),
             dynamic=torch.tensor(dynamic, dtype=torch.float32)[:, None],

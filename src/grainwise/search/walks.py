@@ -118,6 +118,8 @@ def distinct(
     What is known already is drawn again, each time warmer, and at last mutated uniformly; when nothing new comes of
     that (a tiny space) it is accepted.
     """
+    if count < 1:
+        return []
     new: list[dict[str, Entry]] = []
     spare: list[dict[str, Entry]] = []
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grainwise.compress.channels import Kept, kept_positions, rank_units
-from grainwise.compress.reference import Reference, recording
 from grainwise.methods.structure import realise, restructure
 from grainwise.plan.choices import Entry, Granularity, Method
 from grainwise.plan.layers import Layer
+from grainwise.realise.channels import Kept, kept_positions, rank_units
+from grainwise.realise.reference import Reference, recording
 
 SAMPLE_BATCHES = 1  # input batches that a ghost's filters are fitted on
 

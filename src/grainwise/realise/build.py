@@ -8,15 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from grainwise.compress.channels import Kept
-from grainwise.compress.library import VariantLibrary
-from grainwise.compress.norms import reestimate_norms
-from grainwise.compress.reference import recording
 from grainwise.graph.narrow import narrow
 from grainwise.methods.distill import train_block
 from grainwise.plan.choices import NONE, UNCOMPRESSED, Entry, Granularity, Method
 from grainwise.plan.layers import Block
 from grainwise.plan.space import narrows, units_left
+from grainwise.realise.channels import Kept
+from grainwise.realise.library import VariantLibrary
+from grainwise.realise.norms import reestimate_norms
+from grainwise.realise.reference import recording
 
 STUDENT_STEPS = 60
 STUDENT_LEARNING_RATE = 3e-3
@@ -100,7 +100,8 @@ def _student(library: VariantLibrary, block: Block, entries: Mapping[str, Entry]
     def train() -> nn.Module:
         reference = library.reference
         teacher = copy.deepcopy(_assemble(library, around, students=False))
-        reestimate_norms(teacher, reference.calibration, reference.forward)
+        if around:
+            reestimate_norms(teacher, reference.calibration, reference.forward)
         pairs: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad(), recording(teacher.get_submodule(block.name), pairs):
             for batch in reference.calibration[:STUDENT_PAIRS]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from grainwise.compress.reference import Reference
 from grainwise.methods.prune import unit_saliency
 from grainwise.plan.layers import Coupling, Kind, Layer
+from grainwise.realise.reference import Reference
 
 Kept = Mapping[str, tuple[int, ...]]
 """Units kept of each narrowed coupling, ascending, by the coupling's name."""

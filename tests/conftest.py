@@ -1,0 +1,20 @@
+"""Fixtures for all tests; one thread, so that two test processes do not fight over two cores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+from grainwise.session import Session
+from tests.networks import tiny, tiny_data
+
+torch.set_num_threads(1)
+settings.register_profile("grainwise", deadline=None)  # the machine is shared: no time is a fault
+settings.load_profile("grainwise")
+
+
+@pytest.fixture(scope="session")
+def session() -> Session:
+    """The tiny residual network, prepared; shared, so tests must not change it."""
+    return Session.prepare(tiny(), tiny_data())

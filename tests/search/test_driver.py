@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from grainwise.plan.choices import Entry
+from grainwise.plan.projection import Projection
+from grainwise.search.baselines import RandomSearcher
+from grainwise.search.driver import Budget, Judge, search
+from grainwise.search.rl import ControllerSearcher
+from grainwise.search.searcher import Searcher
+from grainwise.session import Session
+from grainwise.store.studies import Store
+from grainwise.study.measurement import Failure, Measurement, Outcome
+from grainwise.study.reward import HardBudget
+from grainwise.study.trial import Trial
+
+BUDGETS = {"size": 8000.0}
+
+
+class Cut(Exception):
+    """Stands for kill -9."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store(f"sqlite:///{tmp_path / 's.db'}")
+    yield opened
+    opened.close()
+
+
+def _evaluate(session: Session, entries: Mapping[str, Entry]) -> Outcome:
+    """A cheap stand-in for the evaluator: what counts here is the order of things."""
+    size, macs = session.cost.total(entries)
+    hardness = sum(len(str(entry)) for entry in entries.values())
+    return Measurement(0.5, hardness / 100, int(size), int(macs))
+
+
+def _judge(session: Session) -> Judge:
+    return Judge(
+        lambda entries: _evaluate(session, entries),
+        HardBudget(BUDGETS),
+        session.evaluator.reference,
+        session.space.graph,
+    )
+
+
+def _searcher(session: Session, kind: str) -> Searcher:
+    projection = Projection(session.cost, BUDGETS)
+    if kind == "random":
+        return RandomSearcher(projection, seed=3)
+    return ControllerSearcher(projection, session.features(), None, seed=3)
+
+
+def _run(session: Session, store: Store, study: str, kind: str, cut: int | None = None) -> tuple[Trial, ...]:
+    seen: list[int] = []
+
+    def observe(trial: Trial) -> None:
+        seen.append(trial.number)
+        if cut is not None and trial.number == cut:
+            raise Cut
+
+    return search(
+        searcher=_searcher(session, kind),
+        judge=_judge(session),
+        store=store,
+        study=study,
+        budget=Budget(evaluations=22),
+        observer=observe,
+        batch=8,
+    )
+
+
+@pytest.mark.parametrize("kind", ["random", "rl"])
+@pytest.mark.parametrize("cuts", [(0,), (7,), (8, 13), (3, 20)])
+def test_a_cut_search_goes_on_as_if_it_had_not_been_cut(
+    session: Session, store: Store, kind: str, cuts: tuple[int, ...]
+) -> None:
+    store.create("whole", {})
+    store.create("cut", {})
+    whole = _run(session, store, "whole", kind)
+    for cut in cuts:
+        with pytest.raises(Cut):
+            _run(session, store, "cut", kind, cut)
+        assert len(store.trials("cut")) == cut + 1
+    resumed = _run(session, store, "cut", kind)
+    assert [(t.number, t.entries, t.outcome, t.reward, t.source) for t in resumed] == [
+        (t.number, t.entries, t.outcome, t.reward, t.source) for t in whole
+    ]
+    assert len(whole) == 22
+
+
+def test_a_failure_is_a_trial_and_the_search_goes_on(session: Session, store: Store) -> None:
+    store.create("s", {})
+    judge = replace(_judge(session), evaluate=lambda entries: Failure("build", "no"))
+    trials = search(
+        searcher=_searcher(session, "rl"),
+        judge=judge,
+        store=store,
+        study="s",
+        budget=Budget(evaluations=10),
+        observer=lambda trial: None,
+        batch=4,
+    )
+    assert [t.reward for t in trials] == [None] * 10
+    assert store.trials("s") == trials
+
+
+def test_prefix_rewards_end_at_the_reward(session: Session) -> None:
+    judge = replace(_judge(session), per_layer=True)
+    (proposal,) = _searcher(session, "random").ask(1)
+    trial = judge(0, proposal)
+    assert len(trial.prefix_rewards) == len(session.space.layers)
+    assert trial.prefix_rewards[-1] == trial.reward
+
+
+def test_budgets_are_parsed() -> None:
+    assert Budget.parse("300") == Budget(evaluations=300)
+    assert Budget.parse("20m") == Budget(seconds=1200)
+    for wrong in ("", "many", "-3", "0", "m", "5d"):
+        with pytest.raises(ValueError, match="budget"):
+            Budget.parse(wrong)
+
+
+def test_a_time_budget_ends_the_search(session: Session, store: Store) -> None:
+    store.create("s", {})
+    trials = search(
+        searcher=_searcher(session, "random"),
+        judge=_judge(session),
+        store=store,
+        study="s",
+        budget=Budget(seconds=0.2),
+        observer=lambda trial: None,
+        batch=2,
+    )
+    assert trials

@@ -1,0 +1,99 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from grainwise.search.baselines import EvolutionSearcher, RandomSearcher
+from grainwise.search.prior import Prior
+from grainwise.search.rl import ControllerConfig, ControllerSearcher
+from grainwise.search.searcher import Searcher
+from tests.search.searcher_contract import SearcherContract
+from tests.search.synthetic import Bed, bed, best_divergence, run
+
+torch.set_num_threads(1)
+
+
+def searcher(problem: Bed, seed: int = 0, **options: object) -> ControllerSearcher:
+    features = torch.tensor(problem.features, dtype=torch.float32)
+    config = ControllerConfig(**options)  # type: ignore[arg-type]
+    return ControllerSearcher(problem.projection, features, problem.sensitivity, seed=seed, config=config)
+
+
+class TestController(SearcherContract):
+    def make(self, problem: Bed, seed: int) -> Searcher:
+        return searcher(problem, seed, horizon=20)
+
+
+class TestReinforceWithoutPrior(SearcherContract):
+    def make(self, problem: Bed, seed: int) -> Searcher:
+        return searcher(problem, seed, horizon=20, algorithm="reinforce", use_prior=False)
+
+
+class TestUnprojected(SearcherContract):
+    projected = False
+
+    def make(self, problem: Bed, seed: int) -> Searcher:
+        return searcher(problem, seed, projected=False, use_prior=False)
+
+
+@pytest.fixture(scope="module")
+def problem() -> Bed:
+    return bed(2, blocks=1)
+
+
+def test_the_additive_solution_comes_first(problem: Bed) -> None:
+    proposals = searcher(problem).ask(4)
+    assert proposals[0].source == "prior"
+    assert proposals[0].entries == Prior(problem.projection, problem.sensitivity).solution()
+    assert {p.source for p in proposals[1:]} == {"controller"}
+
+
+def test_an_untrained_policy_is_the_prior(problem: Bed) -> None:
+    made = searcher(problem)
+    rollout = made._retrace(made._prior.solution())
+    log_probs, _ = made.trainer.controller(rollout.inputs)
+    weights = torch.where(rollout.inputs.mask, rollout.inputs.prior, torch.tensor(-torch.inf))
+    assert torch.allclose(log_probs.exp().flatten(2), weights.flatten(2).softmax(-1), atol=1e-5)
+
+
+def test_it_beats_random_evolution_and_the_additive_solution(problem: Bed) -> None:
+    found = best_divergence(problem, run(problem, searcher(problem, horizon=96), 96))
+    assert found < problem.divergence(Prior(problem.projection, problem.sensitivity).solution())
+    for other in (RandomSearcher(problem.projection), EvolutionSearcher(problem.projection)):
+        assert found < best_divergence(problem, run(problem, other, 96))
+
+
+def test_foreign_trials_are_not_proposed_again_and_are_learnt_from(problem: Bed) -> None:
+    trials = run(problem, EvolutionSearcher(problem.projection), 16)
+    made = searcher(problem)
+    made.replay(trials)
+    proposals = made.ask(8)
+    assert not any(p.entries == t.entries for p in proposals for t in trials)
+    made.tell([problem.trial(i, p) for i, p in enumerate(proposals)])
+    assert made.trainer.updates == 1
+
+
+def test_per_layer_credit_takes_prefix_rewards(problem: Bed) -> None:
+    from dataclasses import replace
+
+    made = searcher(problem, credit="per_layer")
+    proposals = made.ask(4)
+    layers = len(problem.projection.space.layers)
+    trials = [
+        replace(problem.trial(i, p), prefix_rewards=tuple(np.linspace(1, 0.2 + 0.1 * i, layers)))
+        for i, p in enumerate(proposals)
+    ]
+    made.tell(trials)
+    assert all(weight.isfinite().all() for weight in made.trainer.controller.parameters())
+
+
+def test_a_trained_policy_proposes_without_moving_the_search(problem: Bed) -> None:
+    made = searcher(problem)
+    run(problem, made, 16, 8)
+    before = json.dumps(made.state()[1])
+    proposals = made.propose(3)
+    assert json.dumps(made.state()[1]) == before
+    for proposal in proposals:
+        problem.projection.space.check(proposal.entries)
+        assert (problem.projection.cost.total(proposal.entries) <= problem.projection.budget).all()

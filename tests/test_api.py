@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+import grainwise as gw
+from examples import zoo
+from grainwise.api import Infeasible, SearchOptions, apply_profile, choose, missed, verify_artefact
+from grainwise.evaluate.data import Data
+from grainwise.export.artefact import ArtefactError
+from grainwise.plan.choices import Entry, Method
+from grainwise.plan.profile import ProfileError
+from grainwise.plan.projection import Unreachable
+from grainwise.plan.space import SpaceKind
+from grainwise.store.studies import StoreError
+from grainwise.study.measurement import Measurement
+from tests.networks import tiny, tiny_data
+
+
+def _compress(tmp_path: Path, **changes: object) -> gw.Result:
+    settings: dict[str, object] = {
+        "data": tiny_data(),
+        "constraints": {"size": 0.3},
+        "budget": 20,
+        "store": f"sqlite:///{tmp_path / 's.db'}",
+        "options": SearchOptions(prior=False),
+    }
+    return gw.compress(tiny(), **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_the_whole_path(tmp_path: Path) -> None:
+    events: list[str] = []
+    observer = gw.Observer(stage=events.append)
+    result = _compress(tmp_path, options=SearchOptions(), observer=observer)
+    assert events == ["trace", "sensitivity", "search", "finish"]
+    assert result.measurement.size_bytes <= 0.3 * result.reference.size_bytes
+    assert result.trials == 20
+    directory = result.export(tmp_path / "out")
+    figures = verify_artefact(directory, tiny(), tiny_data())
+    assert figures["accuracy"] == pytest.approx(result.test_metric)
+    assert figures["size_bytes"] == result.measurement.size_bytes == (directory / "model.safetensors").stat().st_size
+    assert figures["macs"] == result.measurement.macs
+    assert figures["reference_macs"] == result.reference.macs
+    profile = gw.CompressionProfile.load(directory / "profile.json")
+    again = apply_profile(profile, gw.Session.prepare(tiny(), tiny_data()))
+    x = next(iter(tiny_data().test))[0]
+    torch.testing.assert_close(again.model(x), result.model(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SearchOptions(algorithm="reinforce", prior=False, reward="weighted_product"),
+        SearchOptions(credit="per_layer", prior=False, reward="absolute", complexity_weight=0),
+        SearchOptions(searcher="random", prior=False, space=SpaceKind.SINGLE),
+        SearchOptions(searcher="evolution", prior=False, methods=(Method.QUANTIZE, Method.PRUNE)),
+        SearchOptions(prior=False, reward=lambda c, r, e: -c.divergence),
+    ],
+    ids=["reinforce", "per-layer", "random-single", "evolution-two-methods", "own-reward"],
+)
+def test_options_run(tmp_path: Path, options: SearchOptions) -> None:
+    result = _compress(tmp_path, options=options)
+    assert result.measurement.size_bytes <= 0.3 * result.reference.size_bytes
+    used = {c.method for e in result.entries.values() for c in (e.structure, e.precision)}
+    assert used <= {Method.NONE, *options.methods}
+
+
+def test_a_seed_gives_the_same_search_twice(tmp_path: Path) -> None:
+    results = [_compress(tmp_path, study=name, options=SearchOptions(prior=False, seed=4)) for name in ("a", "b")]
+    assert results[0].entries == results[1].entries
+    assert results[0].measurement == results[1].measurement
+
+
+def test_resume_goes_on_and_refuses_another_search(tmp_path: Path) -> None:
+    first = _compress(tmp_path, budget=16)
+    longer = _compress(tmp_path, budget=24, resume=True)
+    assert first.trials == 16
+    assert longer.trials == 24
+    with pytest.raises(StoreError, match="already"):
+        _compress(tmp_path)
+    with pytest.raises(StoreError, match="begun with another constraints"):
+        _compress(tmp_path, constraints={"size": 0.4}, resume=True)
+    with pytest.raises(StoreError, match="has no study"):
+        _compress(tmp_path, study="other", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("constraints", "message"),
+    [
+        ({}, "at least one of size, macs"),
+        ({"accuracy_drop": 0.1}, "at least one of size, macs"),
+        ({"speed": 0.5}, "no constraint is called 'speed'"),
+        ({"size": 0}, "in \\(0, 1\\]"),
+        ({"size": 12.5}, "in \\(0, 1\\]"),
+    ],
+)
+def test_wrong_constraints_are_refused(tmp_path: Path, constraints: Mapping[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _compress(tmp_path, constraints=constraints)
+
+
+def test_what_cannot_be_reached_is_said_before_the_search(tmp_path: Path) -> None:
+    with pytest.raises(Unreachable, match="the size budget of .* cannot be met: the cheapest"):
+        _compress(tmp_path, constraints={"size": 0.001})
+    with pytest.raises(ValueError, match="no reward is called"):
+        _compress(tmp_path, options=SearchOptions(reward="fame", prior=False))
+
+
+def test_no_trial_within_the_budget_is_infeasible(session: gw.Session) -> None:
+    with pytest.raises(Infeasible, match="none of 0 trials met"):
+        choose(session, [], {"size": 1.0})
+
+
+def test_missed_constraints_are_told(session: gw.Session) -> None:
+    from dataclasses import replace
+
+    result = session.finish({}, trials=0)
+    assert missed(result, {"size": 1.0, "accuracy_drop": 0.01}) is None
+    worse = replace(result, measurement=Measurement(result.reference.metric - 0.1, 0.1, 10**9, 1))
+    assert "drops by 0.1000" in str(missed(worse, {"size": 1.0, "accuracy_drop": 0.01}))
+    assert "exceeds" in str(missed(worse, {"size": 0.5}))
+
+
+def test_foreign_profiles_are_refused(session: gw.Session) -> None:
+    with pytest.raises(ProfileError, match="other weights"):
+        apply_profile(gw.CompressionProfile({}, model="0" * 64), session)
+    with pytest.raises(ProfileError, match="names layer 'nowhere'"):
+        apply_profile(gw.CompressionProfile({"nowhere": Entry()}), session)
+
+
+def test_an_artefact_that_lies_about_its_size_is_refused(session: gw.Session, tmp_path: Path) -> None:
+    directory = session.finish({}, trials=0).export(tmp_path / "out")
+    path = directory / "manifest.json"
+    path.write_text(path.read_text().replace('"size_bytes": ', '"size_bytes": 1'))
+    with pytest.raises(ArtefactError, match="claims"):
+        verify_artefact(directory, tiny(), tiny_data())
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        (zoo.mobilenet_v2, zoo.picture_data),
+        (zoo.bert, zoo.bert_data),
+        (zoo.densenet, zoo.picture_data),
+        (zoo.conv1d, zoo.signal_data),
+    ],
+    ids=["mobilenet_v2", "bert", "densenet", "conv1d"],
+)
+def test_other_networks_are_searched_and_reloaded(tmp_path: Path, model: object, data: object) -> None:
+    assert callable(model) and callable(data)
+    network, batches = model(), data()
+    small = Data(*(list(getattr(batches, split))[:1] for split in ("calibration", "search", "test")))
+    result = gw.compress(
+        network,
+        data=small,
+        constraints={"size": 0.4},
+        budget=6,
+        store=f"sqlite:///{tmp_path / 's.db'}",
+        options=SearchOptions(searcher="random", prior=False),
+    )
+    assert result.measurement.size_bytes <= 0.4 * result.reference.size_bytes
+    directory = result.export(tmp_path / "out")
+    figures = verify_artefact(directory, model(), small)
+    assert figures["size_bytes"] == result.measurement.size_bytes
+    assert figures["accuracy"] == pytest.approx(result.test_metric)

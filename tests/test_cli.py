@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from grainwise.cli import app
+
+NETWORK = ["--model", "tests.networks:tiny", "--data", "tests.networks:tiny_data"]
+run = CliRunner().invoke
+
+
+def test_the_commands_in_a_row(tmp_path: Path) -> None:
+    store = ["--store", f"sqlite:///{tmp_path / 's.db'}", "--study", "cli"]
+    out = str(tmp_path / "out")
+    limits = ["--size", "0.3", "--accuracy-drop", "1", "--budget", "20"]
+    found = run(app, ["search", *NETWORK, *store, *limits, "--out", out, "--json", "--threads", "1"])
+    assert found.exit_code == 0, found.output
+    figures = json.loads(found.stdout)
+    assert figures["size_bytes"] <= 0.3 * figures["reference_size_bytes"]
+    assert figures["missed"] is None
+
+    best = run(app, ["best", *store, "--json", "--out", str(tmp_path / "best.json")])
+    assert json.loads(best.stdout)["trials"] == 20
+    assert "divergence" in run(app, ["best", *store]).stdout
+
+    applied = run(app, ["apply", str(tmp_path / "best.json"), *NETWORK, "--out", str(tmp_path / "again"), "--json"])
+    assert json.loads(applied.stdout)["size_bytes"] <= figures["reference_size_bytes"]
+
+    verified = run(app, ["verify", out, *NETWORK, "--json"])
+    assert verified.exit_code == 0, verified.output
+    wanted = {
+        "accuracy",
+        "reference_accuracy",
+        "size_bytes",
+        "reference_size_bytes",
+        "macs",
+        "reference_macs",
+        "trials",
+    }
+    assert wanted <= set(json.loads(verified.stdout))
+    assert json.loads(verified.stdout)["accuracy"] == figures["accuracy"]
+    assert "weights file, bytes" in run(app, ["verify", out, *NETWORK]).stdout
+
+
+def test_inspect_shows_layers_and_why_not() -> None:
+    facts = json.loads(run(app, ["inspect", *NETWORK, "--json"]).stdout)
+    by_name = {layer["name"]: layer for layer in facts["layers"]}
+    assert by_name["stem"]["weights"] == 16 * 3 * 9
+    assert "the network's outputs" in " ".join(by_name["fc"]["refused"])
+    assert facts["macs"] == sum(layer["macs"] for layer in facts["layers"])
+    text = run(app, ["inspect", *NETWORK]).stdout
+    assert "multiply-accumulates per sample" in text
+    assert "fc: not" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "/nowhere", *NETWORK], "/nowhere/manifest.json cannot be read"),
+        (["apply", "/nowhere.json", *NETWORK, "--out", "/tmp/x"], "/nowhere.json cannot be read"),
+        (["best", "--store", "sqlite:////nowhere/x.db"], "cannot be opened"),
+        (["search", *NETWORK, "--size", "7", "--store", "sqlite://"], "in (0, 1]"),
+        (["search", *NETWORK, "--size", "0.3", "--budget", "soon", "--store", "sqlite://"], "a budget is"),
+        (["inspect", "--model", "tests.test_cli:broken", "--data", "tests.networks:tiny_data"], "pass forward="),
+        (["inspect", "--model", "tests.networks:tiny", "--data", "tests.test_cli:nothing"], "split is empty"),
+        (["inspect", *NETWORK, "--metric", "tests.test_cli:not_a_number"], "the metric gave nan"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], message: str) -> None:
+    found = run(app, arguments)
+    assert found.exit_code == 1
+    assert message in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    "path", ["tests.networks", "tests.networks:absent", "no.such.module:x", "tests.networks:__doc__"]
+)
+def test_a_factory_that_is_none_is_refused(path: str) -> None:
+    found = run(app, ["inspect", "--model", path, "--data", "tests.networks:tiny_data"])
+    assert found.exit_code == 2
+    assert "the model" in found.stderr
+
+
+def test_ctrl_c_keeps_the_trials_and_says_how_to_go_on(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 's.db'}"
+    arguments = ["search", *NETWORK, "--size", "0.3", "--budget", "100000", "--store", store, "--study", "s"]
+    command = [sys.executable, "-c", "from grainwise.cli import main; main()", *arguments]
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(
+        command, cwd=root, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
+    try:
+        for _ in range(1200):
+            time.sleep(0.1)
+            if '"trials": ' in run(app, ["best", "--store", store, "--study", "s", "--json"]).stdout:
+                break
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "--resume" in errors
+    assert "every finished trial is kept" in errors
+    assert json.loads(run(app, ["best", "--store", store, "--study", "s", "--json"]).stdout)["trials"] > 0
+
+
+def broken() -> object:
+    import torch
+
+    return torch.nn.Linear(7, 2)
+
+
+def nothing() -> object:
+    from grainwise import Data
+
+    return Data([], [], [])
+
+
+def not_a_number(outputs: object, targets: object) -> float:
+    return float("nan")
