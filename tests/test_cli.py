@@ -77,8 +77,10 @@ def test_inspect_shows_layers_and_why_not() -> None:
 def test_bad_input_is_one_sentence(arguments: list[str], message: str) -> None:
     found = run(app, arguments)
     assert found.exit_code == 1
-    assert message in found.stderr
-    assert len(found.stderr.strip().splitlines()) == 1
+    *progress, sentence = found.stderr.strip().splitlines()
+    assert sentence.startswith("error: ")
+    assert message in sentence
+    assert not any("rror" in line for line in progress)
     assert "Traceback" not in found.stderr
 
 
