@@ -53,7 +53,7 @@ class FashionNet(nn.Module):
 
 def normalise(images: np.ndarray) -> Tensor:
     """uint8 [N, 28, 28] to float32 [N, 1, 28, 28] of about zero mean and unit variance."""
-    return (torch.from_numpy(images).float().unsqueeze(1) / 255 - 0.286) / 0.353
+    return (torch.from_numpy(images.copy()).float().unsqueeze(1) / 255 - 0.286) / 0.353
 
 
 def pretrained() -> FashionNet:

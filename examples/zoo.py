@@ -69,8 +69,10 @@ def mobilenet_v2() -> nn.Module:
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
     torch.manual_seed(0)
-    config = MobileNetV2Config(image_size=32, depth_multiplier=0.5, num_labels=CLASSES)
-    return MobileNetV2ForImageClassification(config).eval()
+    config = MobileNetV2Config(image_size=32, depth_multiplier=0.5)
+    config.num_labels = CLASSES
+    model: nn.Module = MobileNetV2ForImageClassification(config)
+    return model.eval()
 
 
 def bert() -> nn.Module:
@@ -83,9 +85,10 @@ def bert() -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=256,
-        num_labels=CLASSES,
     )
-    return BertForSequenceClassification(config).eval()
+    config.num_labels = CLASSES
+    model: nn.Module = BertForSequenceClassification(config)
+    return model.eval()
 
 
 def _smooth(count: int, channels: int, size: tuple[int, ...], seed: int) -> list[tuple[Tensor, Tensor]]:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from torch import nn
 
 from grainwise.evaluate.data import Data, Splits, take
@@ -265,24 +264,13 @@ def _open_study(
         for name, value in settings.items():
             if kept[name] != value:
                 raise StoreError(f"study {study!r} was begun with another {name}: {kept[name]}, not {value}")
-        return None if scores is None else Sensitivity(*(_from_json(scores[k]) for k in ("structures", "precisions")))
+        return None if scores is None else Sensitivity.from_json(scores)
     if study in database.studies():
         raise StoreError(f"the store {database.url} has a study {study!r} already; resume it or give another name")
     sensitivity = None
     if options.prior:
         observer.stage("sensitivity")
         sensitivity = session.sensitivity(observer.progress)
-    tables = sensitivity and {
-        "structures": _to_json(sensitivity.structures),
-        "precisions": _to_json(sensitivity.precisions),
-    }
-    database.create(study, {**settings, "sensitivity": tables})
+    scores = None if sensitivity is None else sensitivity.to_json()
+    database.create(study, {**settings, "sensitivity": scores})
     return sensitivity
-
-
-def _to_json(table: np.ndarray[Any, Any]) -> list[list[float | None]]:
-    return [[float(v) if np.isfinite(v) else None for v in row] for row in table]
-
-
-def _from_json(rows: list[list[float | None]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.array([[np.inf if v is None else v for v in row] for row in rows])

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from grainwise.methods.problem import damped, energy
-from grainwise.methods.solve import conjugate_gradients, descend, refit, sweep
+from grainwise.methods.solve import Column, conjugate_gradients, descend, refit, sweep
 from tests.methods.samples import real, synthetic
 
 
-def _round(_j: int, column: Tensor) -> Tensor:
+def _round(_j: int, column: Column) -> Column:
     return (column * 20).round() / 20
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from grainwise.methods.problem import LayerProblem, StageProblem, by_group, damped, energy, times_hessian
-from grainwise.methods.solve import descend, sweep
+from grainwise.methods.solve import Column, descend, sweep
 from grainwise.methods.storage import CENTRE, spread_scales
 from grainwise.plan.choices import Choice, Granularity
 from grainwise.plan.layers import Geometry
@@ -118,7 +119,7 @@ def quantize(stage: StageProblem, choice: Choice) -> Quantised:
 
     def rounder(scale: Tensor) -> _ColumnRounder:
         wide = spread_scales(scale, g, granularity).T.contiguous()
-        return _ColumnRounder(wide, wide * keep.T, bits)
+        return _ColumnRounder(wide.numpy(), (wide * keep.T).numpy(), bits)
 
     def cost(values: Tensor) -> float:
         return energy(problem.matrix - values, h)
@@ -150,9 +151,12 @@ def _coded(values: Tensor, scale: Tensor, g: Geometry, granularity: Granularity,
 class _ColumnRounder:
     """Rounds column j `[R]` to the grid of its scales. scale: `[C, R]`; kept_scale: the same, zero where pruned."""
 
-    scale: Tensor
-    kept_scale: Tensor
+    scale: Column
+    kept_scale: Column
     bits: int
 
-    def __call__(self, j: int, column: Tensor) -> Tensor:
-        return (to_codes(column, self.scale[j], self.bits) - CENTRE[self.bits]) * self.kept_scale[j]
+    def __call__(self, j: int, column: Column) -> Column:
+        codes = np.rint(column / self.scale[j] + np.float32(CENTRE[self.bits]))
+        codes = np.minimum(np.maximum(codes, LOWEST[self.bits]), 2**self.bits - 1)
+        rounded: Column = (codes - np.float32(CENTRE[self.bits])) * self.kept_scale[j]
+        return rounded

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from grainwise.methods.structure import realise, restructure
-from grainwise.plan.choices import Entry, Granularity, Method
-from grainwise.plan.layers import Layer
+from grainwise.graph.narrow import narrow
+from grainwise.methods.distill import train_block
+from grainwise.methods.problem import LayerProblem
+from grainwise.methods.structure import Structure, realise, restructure
+from grainwise.plan.choices import Choice, Entry, Granularity, Method
+from grainwise.plan.layers import Block, Layer
 from grainwise.realise.channels import Kept, kept_positions, rank_units
 from grainwise.realise.reference import Reference, recording
 
-SAMPLE_BATCHES = 1  # input batches that a ghost's filters are fitted on
+SAMPLES = 64  # reference inputs that a ghost's filters are fitted on
+STUDENT_STEPS = 60
+STUDENT_LEARNING_RATE = 3e-3
+STUDENT_BATCHES = 4  # calibration batches whose activations a student is trained on
+
+_Made = TypeVar("_Made")
 
 
 class VariantLibrary:
@@ -27,59 +36,94 @@ class VariantLibrary:
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
         self._couplings = {c.name: c for c in reference.graph.couplings if c.frozen is None}
-        self._found: dict[Hashable, Any] = {}
+        self._made: dict[Hashable, object] = {}
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def _once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
         """The value under `key`, made at the first call."""
-        if key not in self._found:
-            self._found[key] = make()
-        return self._found[key]
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]  # type: ignore[return-value]  # each key is made by one function
 
     def kept_units(self, coupling: str, count: int) -> tuple[int, ...]:
         """The `count` units of a coupling that its readers need most, ascending."""
-        order = self.once(("units", coupling), lambda: rank_units(self.reference, self._couplings[coupling]))
+        order = self._once(("units", coupling), lambda: rank_units(self.reference, self._couplings[coupling]))
         return tuple(sorted(order[:count].tolist()))
 
     def positions(self, layer: Layer, kept: Kept) -> tuple[Tensor | None, Tensor | None]:
+        """(input channels, output channels) of `layer` that are left, None where nothing was cut."""
         return kept_positions(self._couplings, layer, kept)
 
-    def layer(self, layer: Layer, entry: Entry, kept: Kept, source: nn.Module | None = None) -> nn.Module:
+    def layer(self, layer: Layer, entry: Entry, kept: Kept, student: tuple[Block, int] | None = None) -> nn.Module:
         """The realised module of `layer` under `entry`, with only the kept channels.
 
-        source: takes the place of the reference's layer as the one that has been narrowed already (a layer of a trained
-        student block); such variants are not shared here.
+        student: (block, units of its coupling) when the layer belongs to a trained student of these inner units.
         """
-        inputs, outputs = self.positions(layer, kept)
-        if source is not None:
-            return self._realise(layer, entry, inputs, outputs, source)
-        key = (layer.name, entry, *(None if p is None else tuple(p.tolist()) for p in (inputs, outputs)))
-        found = self.once(key, lambda: self._realise(layer, entry, inputs, outputs, None))
-        assert isinstance(found, nn.Module)
-        return found
+        cut = tuple(None if p is None else tuple(p.tolist()) for p in self.positions(layer, kept))
+        place = (layer.name, cut, student and (student[0].name, student[1]))
 
-    def _realise(
-        self, layer: Layer, entry: Entry, inputs: Tensor | None, outputs: Tensor | None, source: nn.Module | None
-    ) -> nn.Module:
-        problem = self.reference.problem(layer.name).narrowed(inputs, outputs)
-        if source is not None:
-            assert isinstance(source.weight, Tensor)
-            bias = source.bias if isinstance(source.bias, Tensor) else None
-            problem = replace(problem, weight=source.weight.detach(), bias=None if bias is None else bias.detach())
-        with torch.no_grad():
-            choice = entry.structure
-            ghost = choice.method is Method.DISTILL and choice.granularity is Granularity.CHANNEL
-            structure = restructure(problem, choice, self._sample(layer, inputs) if ghost else None)
-            return realise(structure, entry.precision).eval().requires_grad_(False)
+        def solve() -> Structure:
+            problem = self._student_problem(layer, kept, *student) if student else self._problem(layer, kept)
+            return restructure(problem, entry.structure, self._sample(layer, kept, entry.structure))
 
-    def _sample(self, layer: Layer, kept_inputs: Tensor | None) -> Tensor:
-        """Reference inputs of `layer`, its kept channels only."""
+        def make() -> nn.Module:
+            with torch.no_grad():
+                structure = self._once(("structure", *place, entry.structure), solve)
+                return realise(structure, entry.precision).eval().requires_grad_(False)
 
+        return self._once(("layer", *place, entry), make)
+
+    def _problem(self, layer: Layer, kept: Kept) -> LayerProblem:
+        return self.reference.problem(layer.name).narrowed(*self.positions(layer, kept))
+
+    def _student_problem(self, layer: Layer, kept: Kept, block: Block, units: int) -> LayerProblem:
+        """The problem of a student's layer: its trained weights at the student's inner width, then narrowed further by
+        what was cut around the block.
+        """
+        inner = {block.coupling: self.kept_units(block.coupling, units)}
+        trained = self.student(block, units).get_submodule(layer.name.removeprefix(block.name + "."))
+        weight, bias = trained.weight, trained.bias
+        assert isinstance(weight, Tensor)
+        problem = replace(self._problem(layer, inner), weight=weight, bias=bias if isinstance(bias, Tensor) else None)
+        pairs = zip(self.positions(layer, inner), self.positions(layer, kept), strict=True)
+        return problem.narrowed(*(_within(before, after) for before, after in pairs))
+
+    def _sample(self, layer: Layer, kept: Kept, choice: Choice) -> Tensor | None:
+        """Reference inputs of `layer`, its kept channels only, for the one structure that is fitted on them."""
+        if (choice.method, choice.granularity) != (Method.DISTILL, Granularity.CHANNEL):
+            return None
+
+        def record() -> Tensor:
+            pairs: list[tuple[Tensor, Tensor]] = []
+            with torch.no_grad(), recording(self.reference.model.get_submodule(layer.name), pairs):
+                self.reference.forward(self.reference.model, self.reference.calibration[0])
+            return torch.cat([inputs for inputs, _ in pairs])[:SAMPLES].clone()
+
+        sample = self._once(("sample", layer.name), record)
+        inputs, _ = self.positions(layer, kept)
+        return sample if inputs is None else sample.index_select(1 if layer.geometry.kernel else -1, inputs)
+
+    def student(self, block: Block, units: int) -> nn.Module:
+        """The twin of `block` with `units` units of its inner coupling, trained on the block's inputs and outputs."""
+        return self._once(("student", block.name, units), lambda: self._train(block, units))
+
+    def _train(self, block: Block, units: int) -> nn.Module:
+        reference = self.reference
+        kept = {block.coupling: self.kept_units(block.coupling, units)}
+        student = narrow(reference.model, reference.graph.couplings, kept)
+        for layer in reference.graph.layers:  # the closed-form re-fit is where training starts
+            if layer.name in block.layers and any(p is not None for p in self.positions(layer, kept)):
+                student.set_submodule(layer.name, copy.deepcopy(self.layer(layer, Entry(), kept)))
         pairs: list[tuple[Tensor, Tensor]] = []
-        with torch.no_grad(), recording(self.reference.model.get_submodule(layer.name), pairs):
-            for batch in self.reference.calibration[:SAMPLE_BATCHES]:
-                self.reference.forward(self.reference.model, batch)
-        sample = torch.cat([inputs for inputs, _ in pairs])
-        if kept_inputs is None:
-            return sample
-        dim = 1 if layer.geometry.kernel else -1
-        return sample.index_select(dim, kept_inputs)
+        with torch.no_grad(), recording(reference.model.get_submodule(block.name), pairs):
+            for batch in reference.calibration[:STUDENT_BATCHES]:
+                reference.forward(reference.model, batch)
+        twin = student.get_submodule(block.name).requires_grad_(True)
+        train_block(twin, pairs, steps=STUDENT_STEPS, learning_rate=STUDENT_LEARNING_RATE, seed=0)
+        return twin.eval().requires_grad_(False)
+
+
+def _within(before: Tensor | None, after: Tensor | None) -> Tensor | None:
+    """Where the channels `after` stand among those that `before` kept; None when both are the same."""
+    if after is None or before is None:
+        return after
+    return None if len(before) == len(after) else torch.searchsorted(before, after)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,3 +30,20 @@ class Sensitivity:
     def pairs(self, index: int) -> NDArray[np.float64]:
         """`[S, P]` scores of the entries of layer `index`."""
         return np.asarray(self.structures[index][:, None] + self.precisions[index][None, :])
+
+    def to_json(self) -> dict[str, list[list[float | None]]]:
+        """Rows of both tables; infinity, which JSON does not have, becomes null."""
+        tables = {"structures": self.structures, "precisions": self.precisions}
+        return {
+            name: [[float(v) if np.isfinite(v) else None for v in row] for row in table]
+            for name, table in tables.items()
+        }
+
+    @staticmethod
+    def from_json(body: Mapping[str, Any]) -> Sensitivity:
+        """Inverse of `to_json`."""
+        structures, precisions = (
+            np.array([[np.inf if v is None else v for v in row] for row in body[name]], dtype=np.float64)
+            for name in ("structures", "precisions")
+        )
+        return Sensitivity(structures, precisions)

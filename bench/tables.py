@@ -1,0 +1,154 @@
+"""Write the tables of README.md and docs/ from bench/results/*.json, between their markers.
+
+python -m bench.tables [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def _read(name: str) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return body
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def frontier() -> str:
+    """One row a search: what was asked, what came out on the test split."""
+    body = _read("frontier")
+
+    def row(found: dict[str, Any]) -> list[str]:
+        asked = ", ".join(f"{name} ≤ {share}" for name, share in found["constraints"].items())
+        size = found["size_bytes"] / found["reference_size_bytes"]
+        macs = found["macs"] / found["reference_macs"]
+        drop = 100 * (found["reference_accuracy"] - found["accuracy"])
+        return [
+            asked,
+            f"{size:.4f}",
+            f"{found['size_bytes']:,}",
+            f"{macs:.3f}",
+            f"{100 * found['accuracy']:.2f} %",
+            f"{drop:.2f}",
+        ]
+
+    head = ["asked", "size", "bytes", "MACs", "test accuracy", "drop, points"]
+    first = body["rows"][0]
+    note = (
+        f"Uncompressed: {first['reference_size_bytes']:,} bytes, {first['reference_macs']:,} MACs, "
+        f"{100 * first['reference_accuracy']:.2f} %. {body['evaluations']} evaluations each, seed 0; "
+        f"`{body['command']}` on {body['machine']}."
+    )
+    return f"{_table(head, map(row, body['rows']))}\n\n{note}"
+
+
+def controller() -> str:
+    """Means over seeds, techniques in the order of the result."""
+    body = _read("controller")
+    by_technique: dict[str, list[dict[str, Any]]] = {}
+    for found in body["rows"]:
+        by_technique.setdefault(found["technique"], []).append(found)
+
+    def mean(rows: list[dict[str, Any]], name: str) -> float | None:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        return statistics.mean(values) if len(values) == len(rows) else None
+
+    def text(rows: list[dict[str, Any]], name: str, digits: int, scale: float = 1) -> str:
+        value = mean(rows, name)
+        if value is None:
+            return "none within the budget"
+        spread = statistics.stdev(scale * row[name] for row in rows) if len(rows) > 1 else 0
+        return f"{scale * value:.{digits}f} ± {spread:.{digits}f}"
+
+    ordered = sorted(by_technique.items(), key=lambda item: mean(item[1], "best_divergence") or 1e9)
+    lines = [
+        [
+            technique,
+            text(rows, "best_divergence", 4),
+            text(rows, "test_accuracy", 2, 100),
+            text(rows, "last_50_reward", 3),
+            text(rows, "within_budget", 0),
+        ]
+        for technique, rows in ordered
+    ]
+    head = [
+        "technique",
+        "best divergence, nats",
+        "its test accuracy, %",
+        "mean reward, last 50",
+        "trials within budget",
+    ]
+    asked = ", ".join(f"{name} ≤ {share}" for name, share in body["constraints"].items())
+    note = (
+        f"ResNet-20/CIFAR-10 ({100 * body['reference_test_accuracy']:.2f} % uncompressed), {asked}, "
+        f"{body['evaluations']} evaluations, mean ± deviation over {len(ordered[0][1])} seeds. A prior costs "
+        f"{body['sensitivity_evaluations']} passes of 128 calibration pictures before the search, once for all "
+        f"seeds. `{body['command']}` on {body['machine']}."
+    )
+    return f"{_table(head, lines)}\n\n{note}"
+
+
+def methods() -> str:
+    """One row a cell, a pair of columns a layer."""
+    rows = _read("methods")["rows"]
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    blocks = [name for name in layers if name.count(".") == 1]
+    parts = []
+    for group in ([name for name in layers if name not in blocks], blocks):
+        found = {(row["choice"], row["layer"]): row for row in rows if row["layer"] in group}
+        choices = list(dict.fromkeys(choice for choice, _ in found))
+        head = ["choice", *(f"`{name}` bytes | error | plain" for name in group)]
+        lines = [[choice, *(_cell(found.get((choice, name))) for name in group)] for choice in choices]
+        width = 1 + 3 * len(group)
+        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"| {' | '.join(head)} |\n|{'---|' * width}\n{body}")
+    return "\n\n".join(parts)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "— | — | —"
+    plain = "—" if row["plain_error"] is None else f"{row['plain_error']:.4f}"
+    return f"{row['bytes']:,} | {row['error']:.4f} | {plain}"
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "frontier": ("README.md", frontier),
+    "controller": ("docs/controller.md", controller),
+    "methods": ("docs/methods.md", methods),
+}
+
+
+def main() -> int:
+    stale = []
+    for name, (file, make) in TABLES.items():
+        path = ROOT / file
+        text = path.read_text(encoding="utf-8")
+        begin, end = f"<!-- {name}: made by bench.tables -->", f"<!-- end {name} -->"
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        fresh = f"{head}{begin}\n{make()}\n{end}{tail}"
+        if fresh != text:
+            stale.append(file)
+            if "--check" not in sys.argv:
+                path.write_text(fresh, encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        print(f"out of date with bench/results: {', '.join(stale)}; run python -m bench.tables")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
