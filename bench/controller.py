@@ -110,20 +110,22 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--evaluations", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--part", type=int, choices=[0, 1])
+    parser.add_argument("--worker", action="store_true", help="run searches that nobody has begun, write nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    session = Session.prepare(resnet20.pretrained(), cifar10.splits())
+    data = cifar10.splits()
+    session = Session.prepare(resnet20.pretrained(), replace(data, search=list(data.search)[:1]))  # 128 pictures
     Path("out").mkdir(exist_ok=True)
     store = Store("sqlite:///out/bench-controller.db")
     sensitivity = kept_sensitivity(session, store)
     rows: list[dict[str, Any]] = []
     runs = [(seed, *item) for seed in arguments.seeds for item in TECHNIQUES.items()]
-    if arguments.part is not None:  # two processes, one thread each, share the searches; then one run without --part
-        for seed, technique, options in runs[arguments.part :: 2]:
+    if arguments.worker:  # several processes of one thread share the searches; then one run without --worker
+        for seed, technique, options in runs:
             study = f"{technique} / {arguments.evaluations} / seed {seed}"
-            run(session, sensitivity, store, replace(options, seed=seed), study, arguments.evaluations)
-            print(study, flush=True)
+            if study not in store.studies():
+                run(session, sensitivity, store, replace(options, seed=seed), study, arguments.evaluations)
+                print(study, flush=True)
         return
     for seed, technique, options in runs:
         study = f"{technique} / {arguments.evaluations} / seed {seed}"

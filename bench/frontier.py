@@ -25,7 +25,6 @@ from grainwise.store.studies import Store
 
 RESULTS = Path(__file__).parent / "results" / "frontier.json"
 POINTS = [
-    {"size": 0.25},
     {"size": 0.125},
     {"size": 0.10},
     {"size": 0.08},
@@ -33,7 +32,6 @@ POINTS = [
     {"macs": 0.75},
     {"macs": 0.6},
     {"macs": 0.5},
-    {"size": 0.125, "macs": 0.75},
 ]
 EVALUATIONS = 200
 
@@ -42,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(1)
     session = Session.prepare(resnet20.pretrained(), cifar10.splits())
     Path("out").mkdir(exist_ok=True)
-    store = Store("sqlite:///out/bench-controller.db")
+    store = Store("sqlite:///out/bench-frontier.db")
     sensitivity = kept_sensitivity(session, store)
     options = SearchOptions()
     rows: list[dict[str, Any]] = []

@@ -28,7 +28,7 @@ def _measured(session: Session, entries: dict[str, Entry]) -> Measurement:
 
 def test_harder_compression_diverges_more_and_is_smaller(session: Session) -> None:
     mild, hard = (_measured(session, {layer.name: e for layer in session.space.layers}) for e in (INT8, INT2))
-    assert 0 <= mild.divergence < 0.01 < hard.divergence
+    assert 0 <= mild.divergence < 0.5 * hard.divergence
     assert hard.size_bytes < mild.size_bytes < session.evaluator.reference.size_bytes
     assert hard.macs == mild.macs == session.evaluator.reference.macs
 

@@ -102,3 +102,10 @@ def test_depthwise_and_embedding_narrow_as_one() -> None:
         vectors.narrowed(torch.arange(8), None)
     with pytest.raises(ValueError, match="cannot be narrowed"):
         synthetic("grouped")[0].narrowed(torch.arange(8), None)
+
+
+def test_inputs_too_faint_for_float32_are_as_good_as_none() -> None:
+    """A depthwise layer behind a nearly dead channel: subnormal products must not break the factorisation."""
+    hessian = torch.stack([torch.eye(9) * 1e-39, torch.eye(9)])
+    assert bool(torch.isfinite(torch.linalg.cholesky(damped(hessian))).all())
+    torch.linalg.cholesky(damped(hessian[:1]))

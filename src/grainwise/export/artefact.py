@@ -22,6 +22,7 @@ from grainwise.methods.modules import construct, describe
 from grainwise.plan.layers import LayerGraph
 from grainwise.plan.profile import CompressionProfile
 from grainwise.realise.norms import FrozenNorm, freeze_norms
+from grainwise.realise.swap import swap
 
 WEIGHTS, PROFILE, MANIFEST, CARD = "model.safetensors", "profile.json", "manifest.json", "README.md"
 
@@ -126,8 +127,7 @@ def load(directory: str | Path, model: nn.Module) -> Artefact:
     rebuilt = copy.deepcopy(model).eval().requires_grad_(False)
     try:
         for name, spec in manifest.modules.items():
-            rebuilt.get_submodule(name)
-            rebuilt.set_submodule(name, construct(spec))
+            swap(rebuilt, name, construct(spec))
         for name, channels in manifest.norms.items():
             rebuilt.get_submodule(name)
             rebuilt.set_submodule(name, FrozenNorm(channels))

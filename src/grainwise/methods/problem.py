@@ -15,6 +15,7 @@ from grainwise.plan.layers import Geometry, Kind
 from grainwise.plan.shapes import Stage
 
 DAMPING = 0.01  # share of the mean diagonal, GPTQ (Frantar et al. 2022), section 4
+FAINT = 1e-30  # mean squared input that counts as none
 EXACT_SIZE = 1024  # up to this K inverses are taken in float64; beyond, time and memory forbid it
 
 
@@ -30,9 +31,9 @@ def damped(hessian: Tensor) -> Tensor:
         mean = hessian.mean()
         return hessian + (DAMPING * mean if mean > 0 else 1.0)
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
-    # A group that never saw an input borrows the mean of the others, so that its size stays comparable.
-    spare = mean.mean() if bool(mean.mean() > 0) else torch.ones((), dtype=hessian.dtype)
-    added = torch.where(mean > 0, DAMPING * mean, spare)
+    # A group that saw next to nothing (below 1e-30 products underflow) borrows the mean of the others.
+    spare = mean.mean() if bool(mean.mean() > FAINT) else torch.ones((), dtype=hessian.dtype)
+    added = torch.where(mean > max(FAINT, 1e-12 * float(mean.max())), DAMPING * mean, spare)
     return hessian + torch.diag_embed(added[:, None].expand(-1, hessian.shape[1]))
 
 

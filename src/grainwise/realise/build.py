@@ -12,6 +12,7 @@ from grainwise.plan.choices import UNCOMPRESSED, Entry, Granularity, Method
 from grainwise.plan.layers import Block
 from grainwise.plan.space import narrows, units_left
 from grainwise.realise.library import VariantLibrary
+from grainwise.realise.swap import swap
 
 
 def kept_units(library: VariantLibrary, entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
@@ -59,5 +60,5 @@ def build(library: VariantLibrary, entries: Mapping[str, Entry]) -> nn.Module:
             continue
         plain = Entry(precision=entry.precision) if layer.name in owner else entry
         if layer.name in owner or entry != UNCOMPRESSED or any(p is not None for p in library.positions(layer, kept)):
-            model.set_submodule(layer.name, library.layer(layer, plain, kept, owner.get(layer.name)))
+            swap(model, layer.name, library.layer(layer, plain, kept, owner.get(layer.name)))
     return model.eval().requires_grad_(False)
