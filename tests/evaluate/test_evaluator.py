@@ -111,3 +111,17 @@ def test_regression_outputs_use_the_squared_error() -> None:
     prepared = Session.prepare(model, Data(batches(1), batches(2), batches(3)), metric=closeness)
     assert _measured(prepared, {"0": INT2}).divergence > 0
     assert len(take(prepared.splits.calibration, 5)[0].inputs) == 5
+
+
+def test_a_choice_that_cannot_be_built_scores_infinity(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grainwise.evaluate import sensitivity
+
+    def broken(*_: object) -> nn.Module:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(sensitivity, "build", broken)
+    found = measure_sensitivity(
+        session.evaluator.library, session.space, session.splits.calibration, session.evaluator.scoring, samples=8
+    )
+    assert np.isinf(found.structures[:, 1:]).all()
+    assert (found.structures[:, 0] == 0).all()

@@ -7,11 +7,11 @@ from functools import cache
 from typing import Any
 
 import pytest
-from graph_networks import build
 from torch import nn
 
 from grainwise.graph.trace import trace
 from grainwise.plan.layers import LayerGraph
+from tests.graph.graph_networks import build
 
 Traced = Callable[[str], tuple[nn.Module, Any, LayerGraph]]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import Traced
-from graph_networks import NETWORKS
 
 from grainwise.graph.features import FEATURE_NAMES, controller_features, signed_log
 from grainwise.graph.statistics import feature_statistics
+from tests.graph.graph_networks import NETWORKS
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import Traced
-from graph_networks import NETWORKS
 
 from grainwise.graph.forward import default_forward
 from grainwise.graph.narrow import mask, narrow
+from tests.graph.graph_networks import NETWORKS
 
 
 @pytest.mark.parametrize("seed", [0, 1])

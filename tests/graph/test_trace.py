@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import Traced
-from graph_networks import build
 from torch import nn
 
 from grainwise.graph.recording import TraceError
 from grainwise.graph.trace import trace
 from grainwise.plan.layers import Kind
+from tests.graph.graph_networks import build
 
 
 def test_macs_of_resnet20_equal_the_hand_count(traced: Traced) -> None:

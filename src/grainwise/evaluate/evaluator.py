@@ -33,6 +33,10 @@ def targets_of(batches: Sequence[Batch]) -> Tensor:
     return torch.cat([batch.targets for batch in batches if batch.targets is not None])
 
 
+# What a candidate that does not fit its network raises, from torch, from our checks, or from the user's own code.
+BUILD_ERRORS = (RuntimeError, ValueError, FloatingPointError, AttributeError, TypeError, IndexError)
+
+
 @dataclass(frozen=True, slots=True)
 class Scoring:
     """How outputs are judged."""
@@ -71,7 +75,7 @@ class Evaluator:
             model = build(self.library, entries)
             stage = "evaluate"
             return self._measure(model, entries, one_pass=True)
-        except (RuntimeError, ValueError, FloatingPointError) as error:
+        except BUILD_ERRORS as error:
             return Failure(stage, str(error).splitlines()[0])
 
     def _measure(self, model: nn.Module, entries: Mapping[str, Entry], *, one_pass: bool) -> Measurement:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from grainwise.evaluate.data import Batch, take
-from grainwise.evaluate.evaluator import Scoring, outputs_of
+from grainwise.evaluate.evaluator import BUILD_ERRORS, Scoring, outputs_of
 from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, Choice, Entry
 from grainwise.plan.space import SearchSpace
 from grainwise.realise.build import build
@@ -28,7 +28,8 @@ def measure_sensitivity(
     samples: int = 128,
     progress: Progress = lambda done, total: None,
 ) -> Sensitivity:
-    """Run the network with one choice at one layer, for every legal choice; no labels are read.
+    """Run the network with one choice at one layer, for every legal choice; no labels are read. A choice that cannot
+    be built or gives no finite outputs scores infinity, so that a search leaves it alone.
 
     Costs one forward pass of `samples` samples for each legal choice. The variants that it solves stay in the library.
     """
@@ -37,9 +38,12 @@ def measure_sensitivity(
         reference = outputs_of(library.reference.model, batches, scoring.forward)
 
     def score(layer: str, choice: Choice, precision: bool) -> float:
-        model = build(library, {layer: Entry(precision=choice) if precision else Entry(structure=choice)})
-        with batch_statistics(model):
-            outputs = outputs_of(model, batches, scoring.forward)
+        try:
+            model = build(library, {layer: Entry(precision=choice) if precision else Entry(structure=choice)})
+            with batch_statistics(model):
+                outputs = outputs_of(model, batches, scoring.forward)
+        except BUILD_ERRORS:
+            return np.inf
         divergence = scoring.divergence(outputs, reference)
         return divergence if np.isfinite(divergence) else np.inf
 

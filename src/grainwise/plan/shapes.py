@@ -73,7 +73,10 @@ def _factor_stages(g: Geometry, choice: Choice) -> tuple[Stage, ...]:
             Stage(g.resized(outputs=hidden, bias=False)),
             Stage(g.pointwise(hidden, g.outputs, bias=g.bias, groups=blocks)),
         )
-    inner_in, inner_out = max(1, round(choice.level * g.inputs)), max(1, round(choice.level * g.outputs))
+    inner_in = max(1, round(choice.level * g.inputs))
+    inner_out = max(
+        1, min(round(choice.level * g.outputs), inner_in * g.taps)
+    )  # no more rows than the core has columns
     return (
         Stage(g.pointwise(g.inputs, inner_in, bias=False), at_input=True),
         Stage(g.resized(inputs=inner_in, outputs=inner_out, bias=False)),
