@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from conftest import Traced
 from torch import Tensor, nn
 
 from grainwise.graph.trace import trace
 from grainwise.plan.layers import Block
+from tests.graph.conftest import Traced
 
 
 def test_residual_blocks_of_resnet20(traced: Traced) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Traced
 from torch import Tensor, nn
 
 from grainwise.graph.trace import trace
 from grainwise.plan.layers import Coupling, LayerGraph
+from tests.graph.conftest import Traced
 
 
 def producing(graph: LayerGraph, layer: str) -> Coupling:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Traced
 
 from grainwise.graph.features import FEATURE_NAMES, controller_features, signed_log
 from grainwise.graph.statistics import feature_statistics
+from tests.graph.conftest import Traced
 from tests.graph.graph_networks import NETWORKS
 
 

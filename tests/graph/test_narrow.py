@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import Traced
 
 from grainwise.graph.forward import default_forward
 from grainwise.graph.narrow import mask, narrow
+from tests.graph.conftest import Traced
 from tests.graph.graph_networks import NETWORKS
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from conftest import Traced
 from torch import Tensor, nn
 
 from grainwise.graph.forward import default_forward
 from grainwise.graph.proof import fault, prove
 from grainwise.graph.trace import trace
+from tests.graph.conftest import Traced
 
 
 def test_every_forgotten_slot_is_noticed(traced: Traced) -> None:

@@ -6,11 +6,11 @@ from math import log
 
 import pytest
 import torch
-from conftest import Traced
 from torch import nn
 
 from grainwise.graph.statistics import feature_statistics
 from grainwise.graph.trace import trace
+from tests.graph.conftest import Traced
 
 
 def identity() -> nn.Module:

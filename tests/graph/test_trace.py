@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Traced
 from torch import nn
 
 from grainwise.graph.recording import TraceError
 from grainwise.graph.trace import trace
 from grainwise.plan.layers import Kind
+from tests.graph.conftest import Traced
 from tests.graph.graph_networks import build
 
 
