@@ -17,12 +17,7 @@ from rich.progress import (
 
 from grainwise.study.trial import Trial
 
-STAGES = {
-    "trace": "tracing the network, gathering statistics",
-    "sensitivity": "measuring what each choice alone does",
-    "search": "searching",
-    "finish": "building the best candidates, reading the test split",
-}
+STAGES = {"trace": "tracing", "sensitivity": "scoring choices", "search": "searching", "finish": "finishing"}
 
 
 class LiveProgress:
@@ -35,7 +30,7 @@ class LiveProgress:
         self._trials = trials
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("ETA"),
@@ -70,12 +65,12 @@ class LiveProgress:
         assert self._task is not None
         self._seconds += trial.seconds
         self._done += 1
-        rate = f"{self._done / self._seconds:.1f} evaluations/s" if self._seconds else ""
-        note = f"{rate}  no profile within the budgets yet"
+        rate = f"{self._done / self._seconds:.1f}/s" if self._seconds else ""
+        note = f"{rate}, none within the budgets yet"
         if leader is not None and leader.measurement is not None:
             found = leader.measurement
             note = (
-                f"{rate}  best: trial {leader.number}, metric {found.metric:.4f}, divergence {found.divergence:.4f}, "
-                f"{found.size_bytes:,} bytes, {found.macs:,} MACs"
+                f"{rate}, best #{leader.number}: metric {found.metric:.4f}, divergence {found.divergence:.4f}, "
+                f"{found.size_bytes:,} B, {found.macs / 1e6:.3g} M MACs"
             )
         self._progress.update(self._task, completed=trial.number + 1, note=note)
