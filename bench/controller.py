@@ -127,6 +127,7 @@ def main() -> None:
                 run(session, sensitivity, store, replace(options, seed=seed), study, arguments.evaluations)
                 print(study, flush=True)
         return
+    torch.set_num_threads(2)  # nothing else runs beside the final figures
     for seed, technique, options in runs:
         study = f"{technique} / {arguments.evaluations} / seed {seed}"
         trials = run(session, sensitivity, store, replace(options, seed=seed), study, arguments.evaluations)

@@ -121,5 +121,5 @@ def splits() -> Data:
     return Data(
         calibration=batches(train[:CALIBRATION], labels[:CALIBRATION], 128),
         search=batches(train[held], labels[held], 128),
-        test=batches(data["test_images"], data["test_labels"], 500),
+        test=batches(data["test_images"], data["test_labels"], 125),
     )

@@ -199,7 +199,7 @@ def best(
     from grainwise.study.trial import best as best_trial
 
     with _plain_errors():
-        database = Store(store)
+        database = Store(store, create=False)
         settings, trials = database.settings(study), database.trials(study)
         leader = best_trial(trials, settings["budgets"])
         if leader is None or leader.measurement is None:

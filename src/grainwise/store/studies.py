@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import JSON, Float, ForeignKey, Integer, LargeBinary, String, UniqueConstraint, create_engine, event
@@ -86,14 +87,20 @@ def _trial(row: _TrialRow) -> Trial:
 class Store:
     """One database of studies, by SQLAlchemy URL (`sqlite:///grainwise.db`).
 
-    Each write is one transaction that is on the disk when the call returns.
+    Each write is one transaction that is on the disk when the call returns. create: make the database if there is none.
     Raises StoreError when the database cannot be opened, is of another schema, or is damaged.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, create: bool = True) -> None:
         self.url = url
         try:
             self._engine = create_engine(url)
+            if (
+                not create
+                and self._engine.dialect.name == "sqlite"
+                and not Path(str(self._engine.url.database)).exists()
+            ):
+                raise StoreError(f"there is no store {url}; give the URL that the search was begun with")
             if self._engine.dialect.name == "sqlite":
                 event.listen(self._engine, "connect", _durable)
             _Base.metadata.create_all(self._engine)
