@@ -140,7 +140,8 @@ def main() -> None:
         "machine": f"{platform.machine()}, 2 cores, torch {torch.__version__}, 1 thread",
         "constraints": CONSTRAINTS,
         "evaluations": arguments.evaluations,
-        "sensitivity_evaluations": int(session.space.structures.sum() + session.space.precisions.sum()),
+        "search_pictures": len(session.splits.search[0].inputs),
+        "sensitivity_evaluations": int(session.space.structures[:, 1:].sum() + session.space.precisions[:, 1:].sum()),
         "reference_test_accuracy": session.evaluator.test(session.reference.model),
         "rows": rows,
     }
