@@ -92,7 +92,8 @@ def controller() -> str:
     asked = ", ".join(f"{name} ≤ {share}" for name, share in body["constraints"].items())
     note = (
         f"ResNet-20/CIFAR-10 ({100 * body['reference_test_accuracy']:.2f} % uncompressed), {asked}, "
-        f"{body['evaluations']} evaluations on {body['search_pictures']} pictures, mean ± deviation over {len(ordered[0][1])} seeds. A prior costs "
+        f"{body['evaluations']} evaluations on {body['search_pictures']} pictures, "
+        f"mean ± deviation over {len(ordered[0][1])} seeds. A prior costs "
         f"{body['sensitivity_evaluations']} passes of 128 calibration pictures before the search, once for all "
         f"seeds. `{body['command']}` on {body['machine']}."
     )
