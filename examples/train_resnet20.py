@@ -1,7 +1,7 @@
 """Train ResNet-20 on CIFAR-10 on two CPU cores: one-cycle SGD, flip and crop, label smoothing (Smith & Topin 2018).
 
     python -m examples.train_resnet20 --epochs 32
-    python -m examples.train_resnet20 --epochs 22 --peak-rate 0.15 --label-smoothing 0 --seed 1 --warm-start
+    python -m examples.train_resnet20 --epochs 14 --peak-rate 0.12 --label-smoothing 0 --seed 1 --warm-start
 
 The last 2,500 training pictures are held out: they are the search split of the demo, so that a search never ranks
 candidates by pictures that the network was trained on. bfloat16 is used for the convolutions where the CPU has it.
