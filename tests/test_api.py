@@ -16,7 +16,8 @@ from grainwise.plan.profile import ProfileError
 from grainwise.plan.projection import Unreachable
 from grainwise.plan.space import SpaceKind
 from grainwise.store.studies import StoreError
-from grainwise.study.measurement import Measurement
+from grainwise.study.measurement import Failure, Measurement
+from grainwise.study.trial import Trial
 from tests.networks import tiny, tiny_data
 
 
@@ -112,6 +113,9 @@ def test_what_cannot_be_reached_is_said_before_the_search(tmp_path: Path) -> Non
 def test_no_trial_within_the_budget_is_infeasible(session: gw.Session) -> None:
     with pytest.raises(Infeasible, match="none of 0 trials met"):
         choose(session, [], {"size": 1.0})
+    failed = Trial(0, {}, Failure("build", "shapes differ"), None, "random", 0.1)
+    with pytest.raises(Infeasible, match="first failure, at build: shapes differ"):
+        choose(session, [failed], {"size": 1.0})
 
 
 def test_missed_constraints_are_told(session: gw.Session) -> None:

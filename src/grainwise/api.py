@@ -29,6 +29,7 @@ from grainwise.search.rl import ControllerConfig, ControllerSearcher
 from grainwise.search.searcher import Searcher
 from grainwise.session import Result, Session
 from grainwise.store.studies import Store, StoreError
+from grainwise.study.measurement import Failure
 from grainwise.study.reward import REWARDS, Reward, WithComplexity
 from grainwise.study.sensitivity import Sensitivity
 from grainwise.study.trial import Trial, best, meets
@@ -38,7 +39,7 @@ LEADERS = 5  # candidates that are built for deployment before one is chosen
 
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
-    """How to search; the defaults are what measured best (docs/controller.md)."""
+    """How to search. Measured so far: searcher, projection and prior (docs/controller.md)."""
 
     searcher: Literal["rl", "random", "evolution"] = "rl"
     algorithm: Literal["reinforce", "ppo"] = "ppo"
@@ -178,6 +179,9 @@ def choose(session: Session, trials: Iterable[Trial], budgets: Mapping[str, floa
     if not leaders:
         raise Infeasible(
             f"none of {len(pool)} trials met the budgets {dict(budgets)}; allow more evaluations or a looser constraint"
+            + next(
+                (f" (first failure, at {f.stage}: {f.reason})" for t in pool if isinstance(f := t.outcome, Failure)), ""
+            )
         )
     finished = [(session.evaluator.finish(leader.entries)[1].divergence, leader.number) for leader in leaders]
     return dict(next(leader.entries for leader in leaders if leader.number == min(finished)[1]))
