@@ -8,6 +8,7 @@ from functools import cache
 from torch import nn
 
 from examples import cifar10, fashion, resnet20
+from examples.cache import Unavailable
 from grainwise import Data
 
 
@@ -15,7 +16,7 @@ from grainwise import Data
 def _cifar10_is_here() -> bool:
     try:
         cifar10.load()
-    except cifar10.DatasetUnavailable as error:
+    except Unavailable as error:
         print(f"{error}\nGoing on with the small Fashion-MNIST network that ships here.", file=sys.stderr)
         return False
     return True

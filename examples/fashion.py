@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from examples.cifar10 import DatasetUnavailable
+from examples.cache import Unavailable
 from grainwise import Data
 
 WEIGHTS = Path(__file__).parent / "weights" / "fashion.safetensors"
@@ -82,7 +82,7 @@ def fetch() -> dict[str, np.ndarray]:
             (package,) = Path(directory).glob("*.deb")
             subprocess.run(["dpkg", "-x", str(package), directory], check=True)
         except (OSError, subprocess.SubprocessError, ValueError) as error:
-            raise DatasetUnavailable(f"Debian's dataset-fashion-mnist could not be fetched: {error}") from error
+            raise Unavailable(f"Debian's dataset-fashion-mnist could not be fetched: {error}") from error
         root = Path(directory) / "usr/share/datasets/fashion-mnist"
         names = {"train": "train", "test": "t10k"}
         return {

@@ -17,4 +17,4 @@ settings.load_profile("grainwise")
 @pytest.fixture(scope="session")
 def session() -> Session:
     """The tiny residual network, prepared; shared, so tests must not change it."""
-    return Session.prepare(tiny(), tiny_data())
+    return Session.prepare(tiny(), tiny_data(), target="packed")

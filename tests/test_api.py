@@ -25,6 +25,7 @@ def _compress(tmp_path: Path, **changes: object) -> gw.Result:
     settings: dict[str, object] = {
         "data": tiny_data(),
         "constraints": {"size": 0.3},
+        "target": "packed",  # an export takes seconds; the tests that are about files name their target
         "budget": 20,
         "store": f"sqlite:///{tmp_path / 's.db'}",
         "options": SearchOptions(prior=False),
@@ -35,14 +36,21 @@ def _compress(tmp_path: Path, **changes: object) -> gw.Result:
 def test_the_whole_path(tmp_path: Path) -> None:
     events: list[str] = []
     observer = gw.Observer(stage=events.append)
-    result = _compress(tmp_path, options=SearchOptions(), observer=observer)
+    result = _compress(
+        tmp_path, constraints={"size": 0.5}, options=SearchOptions(), observer=observer, target="ort-cpu"
+    )
     assert events == ["trace", "sensitivity", "search", "finish"]
-    assert result.measurement.size_bytes <= 0.3 * result.reference.size_bytes
+    assert result.measurement.size_bytes <= 0.5 * result.reference.size_bytes
     assert result.trials == 20
     directory = result.export(tmp_path / "out")
     figures = verify_artefact(directory, tiny(), tiny_data())
     assert figures["accuracy"] == pytest.approx(result.test_metric)
-    assert figures["size_bytes"] == result.measurement.size_bytes == (directory / "model.safetensors").stat().st_size
+    assert figures["size_bytes"] == result.measurement.size_bytes == (directory / "model.onnx").stat().st_size
+    assert figures["onnx_accuracy"] == pytest.approx(result.test_metric, abs=0.01)
+    assert result.deployed["onnx_accuracy"] == figures["onnx_accuracy"]
+    assert figures["top1_agreement"] == 1.0
+    ratio = figures["latency_ratio"]
+    assert isinstance(ratio, float) and ratio > 0
     assert figures["macs"] == result.measurement.macs
     assert figures["reference_macs"] == result.reference.macs
     profile = gw.CompressionProfile.load(directory / "profile.json")
@@ -118,12 +126,32 @@ def test_no_trial_within_the_budget_is_infeasible(session: gw.Session) -> None:
         choose(session, [failed], {"size": 1.0})
 
 
+def test_a_latency_budget_is_searched_for_and_met_by_the_file(tmp_path: Path) -> None:
+    events: list[str] = []
+    options = SearchOptions(searcher="random", prior=False, methods=(Method.QUANTIZE, Method.PRUNE))
+    observer = gw.Observer(stage=events.append)
+    result = _compress(tmp_path, constraints={"latency": 0.95}, options=options, observer=observer, target="ort-cpu")
+    assert events == ["trace", "latency", "search", "finish"]
+    assert 0 < result.measurement.latency_ms <= 0.95 * result.reference.latency_ms
+    with pytest.raises(ValueError, match="packed has no runtime to time"):
+        _compress(tmp_path, study="packed", constraints={"latency": 0.9})
+
+
+def test_the_packed_target_writes_weights_and_no_file(tmp_path: Path) -> None:
+    result = _compress(tmp_path)
+    directory = result.export(tmp_path / "out")
+    assert result.measurement.size_bytes == (directory / "model.safetensors").stat().st_size
+    assert not (directory / "model.onnx").exists()
+    assert verify_artefact(directory, tiny(), tiny_data())["accuracy"] == pytest.approx(result.test_metric)
+
+
 def test_missed_constraints_are_told(session: gw.Session) -> None:
     from dataclasses import replace
 
     result = session.finish({}, trials=0)
     assert missed(result, {"size": 1.0, "accuracy_drop": 0.01}) is None
-    worse = replace(result, measurement=Measurement(result.reference.metric - 0.1, 0.1, 10**9, 1))
+    measured = Measurement(result.reference.metric - 0.1, 0.1, 10**9, 1)
+    worse = replace(result, candidate=replace(result.candidate, measurement=measured))
     assert "drops by 0.1000" in str(missed(worse, {"size": 1.0, "accuracy_drop": 0.01}))
     assert "exceeds" in str(missed(worse, {"size": 0.5}))
 

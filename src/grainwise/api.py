@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 
+from grainwise.calibrate import with_latency
 from grainwise.evaluate.data import Data, Splits, take
-from grainwise.evaluate.evaluator import outputs_of, targets_of
+from grainwise.evaluate.deployed import feed, file_metric, first_sample, race, race_figures
+from grainwise.evaluate.evaluator import Candidate, outputs_of, targets_of
 from grainwise.evaluate.measures import Metric, checked, resolve_metric
-from grainwise.export.artefact import ArtefactError, load
+from grainwise.export.artefact import Artefact, load
+from grainwise.export.manifest import MODEL, ArtefactError
+from grainwise.export.runtime import kernels, open_session, run
 from grainwise.export.weights import weights_bytes
 from grainwise.graph.forward import Forward, default_forward
 from grainwise.graph.recording import record
+from grainwise.graph.trace import trace
 from grainwise.plan.choices import Entry, Method
 from grainwise.plan.profile import CompressionProfile, ProfileError
 from grainwise.plan.projection import Projection
@@ -27,14 +33,16 @@ from grainwise.search.driver import Budget, Judge, search
 from grainwise.search.prior import Prior
 from grainwise.search.rl import ControllerConfig, ControllerSearcher
 from grainwise.search.searcher import Searcher
-from grainwise.session import Result, Session
+from grainwise.session import EXAMPLE_SAMPLES, Result, Session, mark
 from grainwise.store.studies import Store, StoreError
 from grainwise.study.measurement import Failure
 from grainwise.study.reward import REWARDS, Reward, WithComplexity
 from grainwise.study.sensitivity import Sensitivity
 from grainwise.study.trial import Trial, best, meets
 
-LEADERS = 5  # candidates that are built for deployment before one is chosen
+PARITY_SAMPLES = 512  # of the test split, on which file and module are compared
+LEADERS = 5  # candidates that are built for deployment, and meet the budgets then too, before one is chosen
+MOST_BUILT = 15  # candidates that are built at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ class SearchOptions:
 class Observer:
     """What a person wants to see while it runs; every callback may be left out.
 
-    stage: a stage begins (`trace`, `sensitivity`, `search`, `finish`). progress: (done, total) of the stage.
+    stage: a stage begins (`trace`, `latency`, `sensitivity`, `search`, `finish`). progress: (done, total) of the stage.
     trial: (trial, best so far) after each trial.
     """
 
@@ -86,6 +94,7 @@ def compress(
     data: Data,
     constraints: Mapping[str, float],
     metric: str | Metric = "accuracy",
+    target: str = "ort-cpu",
     budget: str | int = 300,
     forward: Forward = default_forward,
     study: str = "default",
@@ -96,8 +105,10 @@ def compress(
 ) -> Result:
     """Search the compression of each layer of `model` and return the really compressed network.
 
-    constraints: `size` and `macs` as shares of the uncompressed network, (0, 1]; `accuracy_drop`, absolute, is checked
-        on the search split at the end. budget: evaluations (`300`) or time (`"20m"`).
+    constraints: `size`, `macs` and `latency` (batch 1, one thread, this machine) as shares of the uncompressed network,
+        (0, 1]; `accuracy_drop`, absolute, is checked on the search split at the end.
+    target: `ort-cpu` (ONNX Runtime on this processor), a name of `plan.target.TARGETS`, or `packed` for PyTorch without
+        a file. budget: evaluations (`300`) or time (`"20m"`).
     study, store: where trials are kept as they finish. resume: go on with a study that was cut; the same profiles
         follow as in an uncut search.
 
@@ -105,12 +116,17 @@ def compress(
     Infeasible (none was found). The model itself is not changed.
     """
     observer.stage("trace")
-    session = Session.prepare(model, data, metric=metric, forward=forward, space=options.space, methods=options.methods)
-    budgets = session.budgets(constraints)
-    projection = Projection(session.cost, budgets)
+    session = Session.prepare(
+        model, data, metric=metric, forward=forward, space=options.space, methods=options.methods, target=target
+    )
+    if "latency" in constraints:
+        observer.stage("latency")
+        session = with_latency(session)
     limit = Budget.parse(budget)
     database = Store(store)
     try:
+        budgets = database.settings(study)["budgets"] if resume else session.budgets(constraints)
+        projection = Projection(session.cost, budgets)
         sensitivity = _open_study(database, study, session, constraints, options, observer, resume=resume)
         searcher = make_searcher(session, projection, sensitivity, options, limit.evaluations)
         judge = Judge(
@@ -172,25 +188,43 @@ def make_searcher(
 
 def choose(session: Session, trials: Iterable[Trial], budgets: Mapping[str, float]) -> dict[str, Entry]:
     """The entries to deploy: of the leading trials the one whose deployed form diverges least. Raises Infeasible."""
-    pool, leaders = list(trials), list[Trial]()
-    while len(leaders) < LEADERS and (leader := best(pool, budgets)) is not None:
-        leaders.append(leader)
+    pool, fitting, built = list(trials), list[tuple[float, Trial]](), 0
+    while len(fitting) < LEADERS and built < MOST_BUILT and (leader := best(pool, budgets)) is not None:
         pool = [trial for trial in pool if trial.entries != leader.entries]
-    if not leaders:
+        found, built = session.evaluator.finish(leader.entries), built + 1
+        if _holds(session, found, budgets):
+            fitting.append((found.measurement.divergence, leader))
+    if fitting:
+        return dict(min(fitting, key=lambda pair: (pair[0], pair[1].number))[1].entries)
+    if built:
         raise Infeasible(
-            f"none of {len(pool)} trials met the budgets {dict(budgets)}; allow more evaluations or a looser constraint"
-            + next(
-                (f" (first failure, at {f.stage}: {f.reason})" for t in pool if isinstance(f := t.outcome, Failure)), ""
-            )
+            f"{built} trials were predicted to meet the budgets {dict(budgets)}, but none of them does when it is "
+            "built and measured; allow more evaluations or a looser constraint"
         )
-    finished = [(session.evaluator.finish(leader.entries)[1].divergence, leader.number) for leader in leaders]
-    return dict(next(leader.entries for leader in leaders if leader.number == min(finished)[1]))
+    raise Infeasible(
+        f"none of {len(pool)} trials met the budgets {dict(budgets)}; allow more evaluations or a looser constraint"
+        + next((f" (first failure, at {f.stage}: {f.reason})" for t in pool if isinstance(f := t.outcome, Failure)), "")
+    )
+
+
+def _holds(session: Session, candidate: Candidate, budgets: Mapping[str, float]) -> bool:
+    """True when the built candidate meets the budgets: bytes of its file, milliseconds of its runs."""
+    measured = candidate.measurement
+    if "latency" in budgets and candidate.file is not None:
+        reference, marked = session.evaluator.reference_file, session.evaluator.marked
+        assert reference is not None and marked is not None
+        files = {"reference": reference.SerializeToString(), "candidate": candidate.file.SerializeToString()}
+        ratio = race(files, first_sample(session.example, marked.skeleton.inputs)).ratios["candidate"]
+        measured = replace(measured, latency_ms=ratio * session.evaluator.reference.latency_ms)
+    return meets(measured, budgets)
 
 
 def apply_profile(profile: CompressionProfile, session: Session) -> Result:
     """Build what a profile asks for. Raises ProfileError when it was made for other weights or asks for what the
     network cannot take.
     """
+    if profile.target != session.reference.target.name:
+        raise ProfileError(f"the profile is for the target {profile.target}, not {session.reference.target.name}")
     if profile.model and profile.model != session.model_fingerprint:
         raise ProfileError("the profile was made for other weights than this network has")
     try:
@@ -211,27 +245,51 @@ def verify_artefact(
 
     Raises ArtefactError when a file is damaged, does not fit the model, or its size is not what the search claimed.
     """
-    found = load(directory, model)
-    claimed = found.manifest.figures
-    if claimed.get("size_bytes") != found.weights_bytes:
-        raise ArtefactError(
-            f"{directory} claims {claimed.get('size_bytes')} bytes of weights, the file has {found.weights_bytes}"
-        )
+    found = load(directory, model, forward)
+    manifest = found.manifest
+    deployed = manifest.deployment is not None
+    size, claimed = manifest.files[MODEL].bytes if deployed else found.weights_bytes, manifest.figures
+    if claimed.get("size_bytes") != size:
+        raise ArtefactError(f"{directory} claims {claimed.get('size_bytes')} bytes, the file has {size}")
     splits = Splits.read(data)
     score = resolve_metric(metric)
-    example = take(splits.test, 1)[0].inputs
+    example = take(splits.test, EXAMPLE_SAMPLES)[0].inputs
+    reference = copy.deepcopy(model).eval()
     figures: dict[str, float | int | str | None] = {}
-    for prefix, network in (("", found.model), ("reference_", copy.deepcopy(model).eval())):
-        outputs = outputs_of(channels_last(network), splits.test, forward)
+    for prefix, network, way in (("", found.model, found.forward), ("reference_", reference, forward)):
+        outputs = outputs_of(channels_last(network), splits.test, way)
         figures[f"{prefix}accuracy"] = checked(score, outputs, targets_of(splits.test))
-        figures[f"{prefix}macs"] = record(network, example, forward).macs
+        figures[f"{prefix}macs"] = record(network, example, way).macs
+    figures |= {"size_bytes": size, "reference_size_bytes": weights_bytes(model), "trials": claimed.get("trials")}
+    if deployed:
+        figures |= _verify_file(Path(directory), found, reference, splits, score, forward)
+    return {**figures, "claimed_accuracy": claimed.get("accuracy"), "claimed_macs": claimed.get("macs")}
+
+
+def _verify_file(
+    root: Path, found: Artefact, reference: nn.Module, splits: Splits, metric: Metric, forward: Forward
+) -> dict[str, float | int | str | None]:
+    """Figures of an artefact's ONNX file: from the file, beside the PyTorch module and the uncompressed network."""
+    content = (root / MODEL).read_bytes()
+    assert found.manifest.deployment is not None
+    names = [spec.name for spec in found.manifest.deployment.inputs]
+    example = take(splits.test, EXAMPLE_SAMPLES)[0].inputs
+    _, marked = mark(reference, example, forward, trace(reference, example, forward))
+    full = marked.write_reference().SerializeToString()
+    session = open_session(content)
+    some = take(splits.test, PARITY_SAMPLES)
+    ours = outputs_of(found.model, some, found.forward)
+    files = np.concatenate([run(session, feed(batch.inputs, names)) for batch in some])
+    raced = race({"reference": full, "candidate": content}, first_sample(example, names))
+    counts = kernels(content)
     return {
-        **figures,
-        "size_bytes": found.weights_bytes,
-        "reference_size_bytes": weights_bytes(model),
-        "trials": claimed.get("trials"),
-        "claimed_accuracy": claimed.get("accuracy"),
-        "claimed_macs": claimed.get("macs"),
+        "reference_size_bytes": len(full),
+        "onnx_accuracy": file_metric(content, splits.test, names, metric),
+        "onnx_size_bytes": len(content),
+        "max_abs_difference": float(np.abs(ours.numpy() - files).max()),
+        "top1_agreement": float((ours.numpy().argmax(-1) == files.argmax(-1)).mean()),
+        "kernels": ", ".join(f"{count} {name}" for name, count in sorted(counts.items())),
+        **race_figures(raced, "candidate"),
     }
 
 
@@ -257,9 +315,9 @@ def _open_study(
     """Create the study, or check that the one to go on with is the same search; returns its sensitivity scores."""
     settings: dict[str, Any] = {
         "model": session.model_fingerprint,
+        "target": session.reference.target.name,
         "data": session.splits.fingerprint,
         "constraints": dict(constraints),
-        "budgets": session.budgets(constraints),
         "options": options.to_json(),
     }
     if resume:
@@ -276,5 +334,6 @@ def _open_study(
         observer.stage("sensitivity")
         sensitivity = session.sensitivity(observer.progress)
     scores = None if sensitivity is None else sensitivity.to_json()
-    database.create(study, {**settings, "sensitivity": scores})
+    # Milliseconds differ from run to run, so a resumed search takes the budgets that the first one set.
+    database.create(study, {**settings, "budgets": session.budgets(constraints), "sensitivity": scores})
     return sensitivity

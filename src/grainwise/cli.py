@@ -27,6 +27,7 @@ ModelOption = Annotated[str, typer.Option("--model", help="module:function that 
 DataOption = Annotated[str, typer.Option("--data", help="module:function that returns a grainwise.Data")]
 MetricOption = Annotated[str, typer.Option(help="accuracy, or module:function (outputs, targets) -> float")]
 ForwardOption = Annotated[str | None, typer.Option(help="module:function (model, inputs) -> outputs")]
+TargetOption = Annotated[str, typer.Option(help="ort-cpu, ort-cpu-avx2, ort-cpu-vnni, or packed (PyTorch, no file)")]
 StudyOption = Annotated[str, typer.Option(help="name of the study")]
 StoreOption = Annotated[str, typer.Option(help="URL of the store")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on standard output")]
@@ -97,14 +98,15 @@ def inspect(
     metric: MetricOption = "accuracy",
     forward: ForwardOption = None,
     space: Annotated[str, typer.Option(help="chain or single")] = "chain",
+    target: TargetOption = "ort-cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Show layers, weights, MACs, feature-map statistics, legal choices, and why the others are not."""
     from grainwise.report.tables import inspection, show_inspection
 
     with _plain_errors():
-        session = _session(model, data, metric, forward, space=space)
-        facts = inspection(session.space, session.statistics().tolist())
+        session = _session(model, data, metric, forward, space=space, target=target)
+        facts = inspection(session.space, session.statistics().tolist(), session.reference.target)
         if as_json:
             _print_json(facts)
         else:
@@ -115,13 +117,15 @@ def inspect(
 def search(
     model: ModelOption,
     data: DataOption,
-    size: Annotated[float | None, typer.Option(help="bytes, as a share of the uncompressed weights")] = None,
+    size: Annotated[float | None, typer.Option(help="bytes of the file, as a share of the uncompressed one")] = None,
     macs: Annotated[float | None, typer.Option(help="multiply-accumulates, as a share")] = None,
+    latency: Annotated[float | None, typer.Option(help="milliseconds at batch 1 on this machine, as a share")] = None,
     accuracy_drop: Annotated[float | None, typer.Option(help="largest drop of the metric on the search split")] = None,
     budget: Annotated[str, typer.Option(help="evaluations (300) or a time (20m)")] = "300",
     out: Annotated[Path | None, typer.Option(help="directory for the artefact")] = None,
     metric: MetricOption = "accuracy",
     forward: ForwardOption = None,
+    target: TargetOption = "ort-cpu",
     searcher: Annotated[str, typer.Option(help="rl, random or evolution")] = "rl",
     algorithm: Annotated[str, typer.Option(help="ppo or reinforce")] = "ppo",
     credit: Annotated[str, typer.Option(help="terminal or per_layer")] = "terminal",
@@ -149,7 +153,7 @@ def search(
     with _plain_errors(" ".join(["grainwise", *words, "--resume"])):
         if threads:
             torch.set_num_threads(threads)
-        wanted = {"size": size, "macs": macs, "accuracy_drop": accuracy_drop}
+        wanted = {"size": size, "macs": macs, "latency": latency, "accuracy_drop": accuracy_drop}
         constraints = {name: share for name, share in wanted.items() if share is not None}
         options = SearchOptions(
             searcher=searcher,  # type: ignore[arg-type]  # checked by SearchOptions
@@ -166,6 +170,7 @@ def search(
                 network,
                 data=loaded,
                 constraints=constraints,
+                target=target,
                 budget=budget,
                 study=study,
                 store=store,
@@ -227,7 +232,9 @@ def _stored_profile(settings: dict[str, Any], leader: Any) -> Any:
     entries = {name: entry for name, entry in leader.entries.items() if entry != UNCOMPRESSED}
     kind = SpaceKind(settings["options"]["space"])
     metrics = {name: float(value) for name, value in leader.measurement.to_json().items()}
-    return CompressionProfile(entries, settings["model"], settings["data"], space=kind, metrics=metrics)
+    return CompressionProfile(
+        entries, settings["model"], settings["data"], target=settings["target"], space=kind, metrics=metrics
+    )
 
 
 @app.command()
@@ -247,7 +254,7 @@ def apply(
 
     with _plain_errors():
         read = CompressionProfile.load(profile)
-        session = _session(model, data, metric, forward, threads, space=read.space)
+        session = _session(model, data, metric, forward, threads, space=read.space, target=read.target)
         from grainwise.api import apply_profile
 
         result = apply_profile(read, session)

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from grainwise.evaluate.data import Data, Splits, take
-from grainwise.evaluate.evaluator import Evaluator, Scoring, other_tensors
-from grainwise.evaluate.measures import DIVERGENCES, Metric, resolve_metric
+from grainwise.evaluate.deployed import file_metric, first_sample, race, race_figures
+from grainwise.evaluate.evaluator import Candidate, Evaluator, Scoring
+from grainwise.evaluate.evaluator import other_tensors as packed_tensors
+from grainwise.evaluate.measures import DIVERGENCES, Metric, kl_divergence, resolve_metric
 from grainwise.evaluate.sensitivity import measure_sensitivity
 from grainwise.export import artefact
+from grainwise.export.graph import ExportError, MarkedGraph, file_bytes, tensor_bytes
+from grainwise.export.parity import Bounds, check_parity
+from grainwise.export.prices import OnnxPrices, other_tensors
+from grainwise.graph.couplings import link
 from grainwise.graph.features import controller_features
 from grainwise.graph.forward import Forward, default_forward
+from grainwise.graph.proof import prove
+from grainwise.graph.skeleton import build_skeleton, skeleton_forward
 from grainwise.graph.statistics import feature_statistics
 from grainwise.graph.trace import trace
 from grainwise.plan.choices import Entry, Method
-from grainwise.plan.cost import COSTS, CostModel
+from grainwise.plan.cost import CostModel
+from grainwise.plan.layers import LayerGraph
+from grainwise.plan.prices import COSTS
 from grainwise.plan.profile import CompressionProfile
 from grainwise.plan.space import SearchSpace, SpaceKind
+from grainwise.plan.target import Target, resolve_target
 from grainwise.realise.library import VariantLibrary
 from grainwise.realise.reference import Reference, fingerprint
 from grainwise.report.card import model_card
@@ -32,13 +44,14 @@ EXAMPLE_SAMPLES = 2  # a batch of one would hide the batch dimension from the tr
 
 @dataclass(frozen=True)
 class Session:
-    """Everything that is computed once for a model and its data."""
+    """Everything that is computed once for a model and its data. example: a small batch of its inputs."""
 
     splits: Splits
     space: SearchSpace
     cost: CostModel
     evaluator: Evaluator
     model_fingerprint: str
+    example: Any
 
     @staticmethod
     def prepare(
@@ -50,22 +63,32 @@ class Session:
         forward: Forward = default_forward,
         space: SpaceKind | str = SpaceKind.CHAIN,
         methods: Iterable[Method | str] | None = None,
+        target: str | Target = "ort-cpu",
     ) -> Session:
         """divergence: `kl` for logits, `mse` for other outputs; by default `kl` with the metric `accuracy`, else `mse`.
 
-        Raises TraceError, DataError or MetricError when model, data or metric cannot be used.
+        Raises TraceError, DataError, MetricError, ExportError (the network cannot be written as ONNX; the target
+        `packed` needs no file), or ValueError for an unknown target.
         """
+        where = resolve_target(target)
         splits = Splits.read(data)
         kind = divergence or ("kl" if metric == "accuracy" else "mse")
         scoring = Scoring(resolve_metric(metric), DIVERGENCES[kind], forward)
         example = take(splits.calibration, EXAMPLE_SAMPLES)[0].inputs
         graph = trace(model, example, forward)
+        marked = None
+        if where.runtime == "onnxruntime":
+            graph, marked = mark(model, example, forward, graph)
         inputs = [batch.inputs for batch in splits.calibration]
-        reference = Reference.gather(model, graph, inputs, forward)
+        skeleton = None if marked is None else marked.skeleton
+        reference = Reference.gather(model, graph, inputs, forward, where, skeleton)
         legal = SearchSpace.of(graph, space, methods)
-        cost = CostModel(legal, other_tensors(reference.model, [layer.name for layer in graph.layers]))
-        evaluator = Evaluator(VariantLibrary(reference), splits, cost, scoring)
-        return Session(splits, legal, cost, evaluator, fingerprint(model))
+        if marked is None:
+            cost = CostModel(legal, packed_tensors(reference.model, [layer.name for layer in graph.layers]))
+        else:
+            cost = CostModel(legal, other_tensors(marked, model), OnnxPrices(marked, legal, where))
+        evaluator = Evaluator(VariantLibrary(reference), splits, cost, scoring, marked)
+        return Session(splits, legal, cost, evaluator, fingerprint(model), example)
 
     @property
     def reference(self) -> Reference:
@@ -110,41 +133,86 @@ class Session:
             },
             model=self.model_fingerprint,
             data=self.splits.fingerprint,
+            target=self.reference.target.name,
             space=self.space.kind,
         )
 
     def finish(self, entries: Mapping[str, Entry], trials: int) -> Result:
         """Build the deployable network and measure it, on the test split too."""
         self.space.check(entries)
-        model, measurement = self.evaluator.finish(entries)
+        evaluator = self.evaluator
+        candidate = evaluator.finish(entries)
         return Result(
             session=self,
-            model=model,
-            measurement=measurement,
-            reference=self.evaluator.reference,
-            test_metric=self.evaluator.test(model),
-            reference_test_metric=self.evaluator.test(self.reference.model),
+            candidate=candidate,
+            reference=evaluator.reference,
+            test_metric=evaluator.test(candidate.model, evaluator.forward),
+            reference_test_metric=evaluator.test(self.reference.model, evaluator.scoring.forward),
             trials=trials,
             entries=dict(entries),
+            deployed=self._deployed(candidate),
         )
+
+    def _deployed(self, candidate: Candidate) -> dict[str, float | int | str | None]:
+        """Figures of the candidate's file in its runtime, after the parity gate; none without a file."""
+        evaluator, file = self.evaluator, candidate.file
+        if file is None or evaluator.marked is None or evaluator.reference_file is None:
+            return {}
+        skeleton = evaluator.marked.skeleton
+        bounds = Bounds() if evaluator.scoring.divergence is kl_divergence else Bounds(agreement=None)
+        batches = [batch.inputs for batch in self.splits.search]
+        parity = check_parity(file, candidate.model, skeleton, batches, bounds)
+        files = {"reference": evaluator.reference_file, "candidate": file}
+        found = race({n: f.SerializeToString() for n, f in files.items()}, first_sample(batches[0], skeleton.inputs))
+        return {
+            "onnx_accuracy": file_metric(file, self.splits.test, skeleton.inputs, evaluator.scoring.metric),
+            "onnx_size_bytes": file_bytes(file),
+            "onnx_tensor_bytes": tensor_bytes(file),
+            **parity.figures(),
+            **race_figures(found, "candidate"),
+        }
+
+
+def mark(model: nn.Module, example: Any, forward: Forward, graph: LayerGraph) -> tuple[LayerGraph, MarkedGraph]:
+    """The ONNX graph of the network, and its layers with what ONNX does not let through refused."""
+    try:
+        skeleton = build_skeleton(model, example, forward, graph)
+    except Exception as error:  # torch.export has no common error class
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ExportError(f"torch.export cannot show this network as a graph ({first}); use target='packed'") from error
+    layers = tuple(replace(layer, blocked=layer.blocked or skeleton.missing.get(layer.name)) for layer in graph.layers)
+    couplings = prove(skeleton.module, example, skeleton_forward, graph.couplings)
+    frozen = {coupling.name for coupling in couplings if coupling.frozen}
+    blocks = tuple(block for block in graph.blocks if block.coupling not in frozen)
+    graph = replace(graph, layers=link(layers, couplings), couplings=couplings, blocks=blocks)
+    return graph, MarkedGraph.export(skeleton, graph, example)
 
 
 @dataclass(frozen=True)
 class Result:
     """A compressed network and its figures.
 
-    model: really smaller, in eval mode. measurement, reference: on the search split. test_metric,
-    reference_test_metric: on the test split, read once.
+    candidate: the network, really smaller and in eval mode, its file, and its measurement on the search split.
+    reference: the uncompressed network's measurement. test_metric, reference_test_metric: on the test split, read once.
+    deployed: figures of the file in its runtime; empty for the packed target.
     """
 
     session: Session
-    model: nn.Module
-    measurement: Measurement
+    candidate: Candidate
     reference: Measurement
     test_metric: float
     reference_test_metric: float
     trials: int
     entries: Mapping[str, Entry]
+    deployed: Mapping[str, float | int | str | None]
+
+    @property
+    def model(self) -> nn.Module:
+        return self.candidate.model
+
+    @property
+    def measurement(self) -> Measurement:
+        return self.candidate.measurement
 
     def figures(self) -> dict[str, float | int | str | None]:
         """The figures of the result by name: `accuracy` is the metric on the test split."""
@@ -159,6 +227,7 @@ class Result:
             "macs": self.measurement.macs,
             "reference_macs": self.reference.macs,
             "trials": self.trials,
+            **self.deployed,
         }
 
     @property
@@ -167,13 +236,19 @@ class Result:
         return self.session.profile(self.entries).with_metrics(metrics)
 
     def export(self, directory: str | Path) -> Path:
-        """Write the artefact: packed weights, profile, model card, manifest. Raises ArtefactError."""
+        """Write the artefact: ONNX file, packed weights, profile, model card, manifest. Raises ArtefactError."""
+        session, marked, file = self.session, self.session.evaluator.marked, self.candidate.file
+        deployment = None
+        if marked is not None and file is not None:
+            target = session.reference.target.name
+            deployment = artefact.Deployment(marked.skeleton, file, target, session.example)
         return artefact.save(
             directory,
             self.model,
-            reference=self.session.reference.model,
-            graph=self.session.space.graph,
+            reference=session.reference.model,
+            graph=session.space.graph,
             profile=self.profile,
             figures=self.figures(),
-            card=model_card(self.session.space, self.entries, self.figures()),
+            card=model_card(session.space, self.entries, self.figures(), session.reference.target),
+            deployment=deployment,
         )

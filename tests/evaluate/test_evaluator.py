@@ -36,12 +36,13 @@ def test_harder_compression_diverges_more_and_is_smaller(session: Session) -> No
 def test_evaluation_is_repeatable_to_the_bit(session: Session) -> None:
     entries = {"down": INT2}
     assert session.evaluator(entries) == session.evaluator(entries)
-    fresh = Session.prepare(tiny(), tiny_data())
+    fresh = Session.prepare(tiny(), tiny_data(), target="packed")
     assert fresh.evaluator(entries) == session.evaluator(entries)
 
 
 def test_finish_gives_what_it_measured(session: Session) -> None:
-    model, measurement = session.evaluator.finish({"down": INT2})
+    candidate = session.evaluator.finish({"down": INT2})
+    model, measurement = candidate.model, candidate.measurement
     assert weights_bytes(model) == measurement.size_bytes
     with torch.inference_mode():
         outputs = torch.cat([model(batch.inputs) for batch in session.splits.search])
@@ -59,7 +60,7 @@ def test_a_metric_that_fails_on_the_reference_is_an_error() -> None:
         return math.nan
 
     with pytest.raises(MetricError, match="gave nan"):
-        Session.prepare(tiny(), tiny_data(), metric=nan)
+        Session.prepare(tiny(), tiny_data(), metric=nan, target="packed")
 
 
 def test_a_metric_that_fails_on_a_candidate_is_a_failure() -> None:
@@ -69,7 +70,7 @@ def test_a_metric_that_fails_on_a_candidate_is_a_failure() -> None:
         calls.append(1)
         return 1.0 if len(calls) == 1 else math.nan
 
-    broken = Session.prepare(tiny(), tiny_data(), metric=second_is_nan)
+    broken = Session.prepare(tiny(), tiny_data(), metric=second_is_nan, target="packed")
     outcome = broken.evaluator({"down": INT2})
     assert isinstance(outcome, Failure)
     assert outcome.stage == "evaluate"
@@ -108,7 +109,7 @@ def test_regression_outputs_use_the_squared_error() -> None:
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 2))
-    prepared = Session.prepare(model, Data(batches(1), batches(2), batches(3)), metric=closeness)
+    prepared = Session.prepare(model, Data(batches(1), batches(2), batches(3)), metric=closeness, target="packed")
     assert _measured(prepared, {"0": INT2}).divergence > 0
     assert len(take(prepared.splits.calibration, 5)[0].inputs) == 5
 

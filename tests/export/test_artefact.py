@@ -84,7 +84,8 @@ def test_a_foreign_network_is_refused(saved: Path) -> None:
     "change",
     [
         {"files": {"../../etc/passwd": {"sha256": "0" * 64, "bytes": 1}}},
-        {"version": 2},
+        {"version": 3},
+        {"files": {}},
         {"modules": {"stem": {"kind": "os.system"}}},
         {"modules": {"nowhere.at.all": {"kind": "linear"}}},
         {"norms": {"norm": "x"}},
@@ -113,6 +114,20 @@ def test_a_full_disk_leaves_the_old_artefact(result: Result, saved: Path, monkey
                 result.export(saved.parent / "new")
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
     assert [p.name for p in saved.parent.iterdir()] == ["out"]
+
+
+def test_a_manifest_of_version_1_is_read(saved: Path) -> None:
+    path = saved / artefact.MANIFEST
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("deployment") is None
+    path.write_text(json.dumps({**manifest, "version": 1}))
+    found = load(saved, tiny())
+    assert (found.manifest.version, found.manifest.deployment) == (1, None)
+
+
+def test_packed_weights_need_their_network(saved: Path) -> None:
+    with pytest.raises(ArtefactError, match=r"has no model.onnx: .*give the network too"):
+        load(saved)
 
 
 def test_a_directory_that_is_no_artefact_is_left_alone(result: Result, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from grainwise.methods.problem import LayerProblem
-from grainwise.methods.quantize import quantize, refit_scale, search_scale, sharing_rows, storable, to_codes
-from grainwise.methods.storage import CENTRE, spread_scales
+from grainwise.methods.quantize import quantize, refit_scale, search_scale, sharing_rows, to_codes
+from grainwise.methods.storage import CENTRE, spread_scales, storable
 from grainwise.methods.structure import restructure
 from grainwise.plan.choices import NONE, PRECISIONS, Choice, Granularity, Method
 from grainwise.plan.layers import Geometry, Kind

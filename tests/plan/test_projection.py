@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from grainwise.plan.choices import entry_of
 from grainwise.plan.cost import CostModel
+from grainwise.plan.prices import COSTS
 from grainwise.plan.layers import Block, Coupling, Geometry, Kind, Layer, LayerGraph, Slot
 from grainwise.plan.projection import Projection, Unreachable, Walk
 from grainwise.plan.space import SearchSpace
@@ -54,7 +55,7 @@ def _slots(producers: list[str], consumers: list[str], width: int) -> tuple[Slot
 def projection(rng: np.random.Generator, kind: str, shares: dict[str, float]) -> Projection:
     found, others = graph(rng)
     cost = CostModel(SearchSpace.of(found, kind), others)
-    full = dict(zip(("size", "macs"), cost.total({}), strict=True))
+    full = dict(zip(COSTS, cost.total({}), strict=True))
     return Projection(cost, {name: share * full[name] for name, share in shares.items()})
 
 

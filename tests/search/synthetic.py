@@ -11,6 +11,7 @@ import numpy as np
 from grainwise.plan.choices import LEVELS, PRECISIONS, STRUCTURES, UNCOMPRESSED, Choice, Entry, Method, numbers_of
 from grainwise.plan.cost import CostModel
 from grainwise.plan.layers import Block, Coupling, Geometry, Kind, Layer, LayerGraph, Slot
+from grainwise.plan.prices import COSTS
 from grainwise.plan.projection import Projection
 from grainwise.plan.space import SearchSpace, SpaceKind
 from grainwise.search.searcher import Proposal, Searcher
@@ -123,13 +124,13 @@ class Bed:
         return float(d.sum() + (self.interaction * np.sqrt(d[1:] * d[:-1])).sum())
 
     def measure(self, entries: Mapping[str, Entry]) -> Measurement:
-        size, macs = self.projection.cost.total(entries)
+        size, macs, _ = self.projection.cost.total(entries)
         divergence = self.divergence(entries)
         return Measurement(float(np.exp(-divergence)), divergence, int(size), int(macs))
 
     def trial(self, number: int, proposal: Proposal) -> Trial:
         outcome = self.measure(proposal.entries)
-        budgets = dict(zip(("size", "macs"), self.projection.budget, strict=True))
+        budgets = dict(zip(COSTS, self.projection.budget, strict=True))
         reward = HardBudget({k: v for k, v in budgets.items() if np.isfinite(v)})(outcome, outcome, proposal.entries)
         return Trial(number, proposal.entries, outcome, reward, proposal.source, 0.0)
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from onnx import ModelProto
 from torch import Tensor, nn
 
 from grainwise.evaluate.data import Batch, Splits
 from grainwise.evaluate.measures import Divergence, Metric, checked
+from grainwise.export.graph import MarkedGraph, file_bytes
 from grainwise.export.weights import stored_tensors, weights_bytes
 from grainwise.graph.forward import Forward
-from grainwise.plan.choices import Entry
+from grainwise.plan.choices import UNCOMPRESSED, Entry
 from grainwise.plan.cost import CostModel
+from grainwise.plan.profile import entries_to_json
 from grainwise.realise.build import build
+from grainwise.realise.deploy import deploy
 from grainwise.realise.library import VariantLibrary
 from grainwise.realise.norms import batch_statistics, freeze_norms, reestimate_norms
 from grainwise.realise.reference import channels_last
@@ -46,26 +52,48 @@ class Scoring:
     forward: Forward
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A network as it will be deployed. file: its ONNX file, None for the packed target."""
+
+    model: nn.Module
+    file: ModelProto | None
+    measurement: Measurement
+
+
 class Evaluator:
     """Evaluates entries against one reference.
 
-    While a search ranks, batch norm takes its statistics from the search batch itself: one pass gives statistics and
-    outputs. Reported figures come from `finish`, whose batch norm is estimated on the calibration split.
+    While a search ranks, batch norm takes its statistics, and 8-bit values take their ranges, from the search batch
+    itself: one pass gives statistics and outputs; bytes and milliseconds are predicted. Reported figures come from
+    `finish`: norms and ranges from the calibration split, bytes of the file. marked: the ONNX graph of a target that
+    deploys one, None for the packed target.
     """
 
-    def __init__(self, library: VariantLibrary, splits: Splits, cost: CostModel, scoring: Scoring) -> None:
+    def __init__(
+        self,
+        library: VariantLibrary,
+        splits: Splits,
+        cost: CostModel,
+        scoring: Scoring,
+        marked: MarkedGraph | None = None,
+    ) -> None:
         self.library = library
         self.splits = splits
         self.cost = cost
         self.scoring = scoring
+        self.marked = marked
         reference = library.reference.model
         self._outputs = outputs_of(reference, splits.search, scoring.forward)
         self._targets = targets_of(splits.search)
+        _, macs, latency = cost.total({})
+        self.reference_file = None if marked is None else marked.write_reference()
         self.reference = Measurement(
             metric=checked(scoring.metric, self._outputs, self._targets),
             divergence=0.0,
-            size_bytes=weights_bytes(reference),
-            macs=int(cost.total({})[1]),
+            size_bytes=weights_bytes(reference) if self.reference_file is None else file_bytes(self.reference_file),
+            macs=int(macs),
+            latency_ms=float(latency),
         )
 
     def __call__(self, entries: Mapping[str, Entry]) -> Outcome:
@@ -78,27 +106,55 @@ class Evaluator:
         except BUILD_ERRORS as error:
             return Failure(stage, str(error).splitlines()[0])
 
-    def _measure(self, model: nn.Module, entries: Mapping[str, Entry], *, one_pass: bool) -> Measurement:
+    def _measure(
+        self, model: nn.Module, entries: Mapping[str, Entry], *, one_pass: bool, size_bytes: int | None = None
+    ) -> Measurement:
+        size, macs, latency = self.cost.total(entries)
+        if self.marked is None:
+            size = weights_bytes(model)
         with batch_statistics(model) if one_pass else nullcontext():
-            outputs = outputs_of(model, self.splits.search, self.scoring.forward)
+            outputs = outputs_of(model, self.splits.search, self.forward)
         return Measurement(
             metric=checked(self.scoring.metric, outputs, self._targets),
             divergence=self.scoring.divergence(outputs, self._outputs),
-            size_bytes=weights_bytes(model),
-            macs=int(self.cost.total(entries)[1]),
+            size_bytes=int(size) if size_bytes is None else size_bytes,
+            macs=int(macs),
+            latency_ms=float(latency),
         )
 
-    def finish(self, entries: Mapping[str, Entry]) -> tuple[nn.Module, Measurement]:
-        """The deployable network: batch norm estimated on the calibration split and frozen; and its measurement."""
-        forward = self.scoring.forward
-        model = channels_last(copy.deepcopy(build(self.library, entries)))
-        reestimate_norms(model, [batch.inputs for batch in self.splits.calibration], forward)
-        freeze_norms(model)
-        return model, self._measure(model, entries, one_pass=False)
+    @property
+    def forward(self) -> Forward:
+        """How a batch goes through a candidate."""
+        reference = self.library.reference
+        return self.scoring.forward if reference.skeleton is None else reference.base_forward
 
-    def test(self, model: nn.Module) -> float:
+    def finish(self, entries: Mapping[str, Entry]) -> Candidate:
+        """The deployable network and its file; norms and ranges from the calibration split."""
+        model, file = self._deploy(entries)
+        size = None if file is None else file_bytes(file)
+        return Candidate(model, file, self._measure(model, entries, one_pass=False, size_bytes=size))
+
+    def _deploy(self, entries: Mapping[str, Entry]) -> tuple[nn.Module, ModelProto | None]:
+        changed = any(entry != UNCOMPRESSED for entry in entries.values())
+        calibration = [batch.inputs for batch in self.splits.calibration] if changed else []
+        model = channels_last(copy.deepcopy(build(self.library, entries)))
+        skeleton = self.library.reference.skeleton
+        if skeleton is None or self.marked is None:
+            reestimate_norms(model, calibration, self.forward)
+            freeze_norms(model)
+            return model, None
+        deploy(model, skeleton, calibration, self.forward)
+        return model, self.marked.write(model, self._metadata(entries))
+
+    def _metadata(self, entries: Mapping[str, Entry]) -> dict[str, str]:
+        """What the file says of itself: target, and the digest of the profile's layers."""
+        layers = json.dumps(entries_to_json(entries), sort_keys=True)
+        profile = hashlib.sha256(layers.encode()).hexdigest()
+        return {"grainwise.target": self.library.reference.target.name, "grainwise.profile": profile}
+
+    def test(self, model: nn.Module, forward: Forward) -> float:
         """The metric on the test split: for final models only."""
-        outputs = outputs_of(model, self.splits.test, self.scoring.forward)
+        outputs = outputs_of(model, self.splits.test, forward)
         return checked(self.scoring.metric, outputs, targets_of(self.splits.test))
 
 

@@ -34,14 +34,15 @@ def measure_sensitivity(
     Costs one forward pass of `samples` samples for each legal choice. The variants that it solves stay in the library.
     """
     batches = take(calibration, samples)
-    with batch_statistics(library.reference.model):
-        reference = outputs_of(library.reference.model, batches, scoring.forward)
+    base, forward = library.reference.base, library.reference.base_forward
+    with batch_statistics(base):
+        reference = outputs_of(base, batches, forward)
 
     def score(layer: str, choice: Choice, precision: bool) -> float:
         try:
             model = build(library, {layer: Entry(precision=choice) if precision else Entry(structure=choice)})
             with batch_statistics(model):
-                outputs = outputs_of(model, batches, scoring.forward)
+                outputs = outputs_of(model, batches, forward)
         except BUILD_ERRORS:
             return np.inf
         divergence = scoring.divergence(outputs, reference)

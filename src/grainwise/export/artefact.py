@@ -3,68 +3,111 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, overload
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from grainwise.export.manifest import (
+    CARD,
+    MANIFEST,
+    MODEL,
+    PROFILE,
+    WEIGHTS,
+    ArtefactError,
+    DeploymentSpec,
+    InputSpec,
+    Manifest,
+    Nest,
+    read_sealed,
+    seal,
+)
+from grainwise.export.runtime import Deployed, open_session
 from grainwise.export.weights import file_bytes, stored_tensors
+from grainwise.graph.forward import Forward, default_forward
+from grainwise.graph.skeleton import JOINS, POINTS, Skeleton, build_skeleton, skeleton_forward
+from grainwise.graph.trace import trace
+from grainwise.methods.activations import EightBit, EightBitSum
 from grainwise.methods.modules import construct, describe
 from grainwise.plan.layers import LayerGraph
 from grainwise.plan.profile import CompressionProfile
 from grainwise.realise.norms import FrozenNorm, freeze_norms
+from grainwise.realise.reference import channels_last
 from grainwise.realise.swap import swap
 
-WEIGHTS, PROFILE, MANIFEST, CARD = "model.safetensors", "profile.json", "manifest.json", "README.md"
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
+__all__ = ["Artefact", "ArtefactError", "Deployment", "load", "save"]
 
-class ArtefactError(ValueError):
-    """An artefact cannot be written or used; the message names the file, what is wrong and what to do."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _FileJson(_Strict):
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    bytes: Annotated[int, Field(ge=0)]
-
-
-class Manifest(_Strict):
-    """What the directory holds.
-
-    files: SHA-256 and bytes of every file beside this one. modules: how each swapped layer is constructed, by path.
-    norms: channels of each frozen batch norm, by path. resized: shapes of other parameters that were narrowed.
-    figures: what the search found: test and search figures, trials, reference figures.
-    """
-
-    format: Literal["grainwise.artefact"] = "grainwise.artefact"
-    version: Literal[1] = 1
-    files: dict[str, _FileJson]
-    modules: dict[str, dict[str, Any]]
-    norms: dict[str, int]
-    resized: dict[str, list[int]]
-    figures: dict[str, float | int | str | None]
+_SAMPLES = 2  # of the batch that a network is traced on: one would hide the batch dimension
 
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """An artefact that was read and checked. weights_bytes: size of the weights file on disk."""
+    """An artefact that was read and checked. weights_bytes: size of the weights file on disk. forward: how a batch goes
+    through the model.
+    """
 
     model: nn.Module
     profile: CompressionProfile
     manifest: Manifest
     weights_bytes: int
+    forward: Forward
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What an artefact with an ONNX file is made of beside the module. skeleton: that the module is a candidate of.
+    target: name of the target that it was made for. example: a batch of inputs, of which names, types and shapes are
+    kept: a tensor, or a sequence or mapping of tensors.
+    """
+
+    skeleton: Skeleton
+    file: ModelProto
+    target: str
+    example: Any
+
+    def spec(self, model: nn.Module) -> DeploymentSpec:
+        """What the manifest says of a deployed candidate. Raises ArtefactError for an example of another form."""
+        nest, tensors = _parts(self.example)
+        folded = [unit.norm for unit in self.skeleton.units.values() if unit.norm is not None]
+
+        def holds(path: str, kind: type[nn.Module]) -> bool:
+            return isinstance(model.get_submodule(path), kind)
+
+        return DeploymentSpec(
+            target=self.target,
+            nest=nest,
+            inputs=tuple(
+                InputSpec.model_validate(
+                    {"name": n, "dtype": str(t.dtype).removeprefix("torch."), "shape": t.shape[1:]}
+                )
+                for n, t in zip(self.skeleton.inputs, tensors, strict=True)
+            ),
+            points=tuple(name for name in self.skeleton.points if holds(f"{POINTS}.{name}", EightBit)),
+            joins=tuple(join.name for join in self.skeleton.joins if holds(f"{JOINS}.{join.name}", EightBitSum)),
+            folded=tuple(norm for norm in folded if holds(norm, nn.Identity)),
+        )
+
+
+def _parts(batch: Any) -> tuple[Nest, list[Tensor]]:
+    """How the tensors of a batch make it up, and the tensors. Raises ArtefactError for anything else than tensors."""
+    nest: Nest = "tensor" if isinstance(batch, Tensor) else "mapping" if isinstance(batch, Mapping) else "sequence"
+    tensors = [batch] if nest == "tensor" else list(batch.values() if nest == "mapping" else batch)
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise ArtefactError(
+            "a batch must be a tensor, or a sequence or mapping of nothing but tensors, to be described"
+        )
+    return nest, tensors
 
 
 def save(
@@ -76,8 +119,11 @@ def save(
     profile: CompressionProfile,
     figures: Mapping[str, float | int | str | None],
     card: str,
+    deployment: Deployment | None = None,
 ) -> Path:
     """Write the artefact of a compressed `model`; an older one in `directory` stays until the new one is complete.
+
+    deployment: given when `model` is a deployed candidate of a skeleton; its ONNX file is then written too.
 
     Raises ArtefactError when it cannot be written (a full disk, no permission) or `directory` holds something else;
     nothing half-written is left.
@@ -88,22 +134,21 @@ def save(
     frozen = copy.deepcopy(model)
     freeze_norms(frozen)
     tensors = {name: value.contiguous() for name, value in stored_tensors(frozen)}
+    texts = {PROFILE: profile.to_json().encode(), CARD: card.encode()}
+    files = texts if deployment is None else {**texts, MODEL: deployment.file.SerializeToString()}
+    described = {
+        "modules": _modules(frozen, graph, deployment),
+        "norms": {n: len(m.weight) for n, m in frozen.named_modules() if isinstance(m, FrozenNorm)},
+        "resized": _resized(frozen, deployment.skeleton.module if deployment else reference, graph),
+        "figures": dict(figures),
+        "deployment": deployment and deployment.spec(frozen),
+    }
     try:
         with _replacing(target) as partial:
-            save_file(tensors, partial / WEIGHTS)
-            (partial / PROFILE).write_text(profile.to_json(), encoding="utf-8")
-            (partial / CARD).write_text(card, encoding="utf-8")
-            manifest = Manifest(
-                files={name: _FileJson(**_seal(partial / name)) for name in (WEIGHTS, PROFILE, CARD)},
-                modules=_modules(frozen, graph),
-                norms={n: len(m.weight) for n, m in frozen.named_modules() if isinstance(m, FrozenNorm)},
-                resized=_resized(frozen, reference, graph),
-                figures=dict(figures),
-            )
-            (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            _write(partial, tensors, files, described)
             _sync(partial)
     except (OSError, SafetensorError) as error:
-        size = file_bytes(tensors)
+        size = file_bytes(tensors) + sum(map(len, files.values()))
         raise ArtefactError(
             f"the artefact could not be written to {target} ({error}); about {size} bytes are needed there, "
             "nothing was left behind and an older artefact is untouched"
@@ -111,51 +156,86 @@ def save(
     return target
 
 
-def load(directory: str | Path, model: nn.Module) -> Artefact:
-    """Read an artefact into a copy of `model`, the uncompressed architecture with any weights.
+def _write(
+    directory: Path, tensors: Mapping[str, Tensor], files: Mapping[str, bytes], described: Mapping[str, Any]
+) -> None:
+    """All files, the manifest with their digests last."""
+    save_file(dict(tensors), directory / WEIGHTS)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    manifest = Manifest(files={name: seal(directory / name) for name in (WEIGHTS, *files)}, **described)
+    (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
-    Every file is checked against the manifest first. Raises ArtefactError naming what does not fit.
+
+@overload
+def load(directory: str | Path) -> Deployed: ...
+@overload
+def load(directory: str | Path, model: nn.Module, forward: Forward = default_forward) -> Artefact: ...
+def load(
+    directory: str | Path, model: nn.Module | None = None, forward: Forward = default_forward
+) -> Artefact | Deployed:
+    """Read an artefact: its ONNX file, ready to run, or its weights into a copy of `model`, the uncompressed
+    architecture with any weights.
+
+    forward: how a batch goes through `model`, where that must be known to take the network apart again.
+
+    Every file is checked against the manifest first. Raises ArtefactError naming what does not fit, ImportError when
+    the file is to be run and ONNX Runtime is not installed.
     """
     root = Path(directory)
-    manifest = read_manifest(root)
-    for name, sealed in manifest.files.items():
-        if name not in (WEIGHTS, PROFILE, CARD):
-            raise ArtefactError(f"{root / MANIFEST} names a file {name!r} that an artefact does not have")
-        if _seal(root / name) != sealed.model_dump():
-            raise ArtefactError(f"{root / name} is not the file that the manifest describes: damaged or replaced")
+    manifest = read_sealed(root)
     profile = CompressionProfile.load(root / PROFILE)
-    rebuilt = copy.deepcopy(model).eval().requires_grad_(False)
+    if model is None:
+        if manifest.deployment is None:
+            raise ArtefactError(f"{root} has no {MODEL}: its weights are for PyTorch; give the network too")
+        return Deployed(open_session(root / MODEL), profile, manifest)
     try:
-        for name, spec in manifest.modules.items():
-            swap(rebuilt, name, construct(spec))
-        for name, channels in manifest.norms.items():
-            rebuilt.get_submodule(name)
-            rebuilt.set_submodule(name, FrozenNorm(channels))
+        rebuilt = _rebuilt(manifest, model, forward)
         _resize(rebuilt, manifest.resized)
         _fill(rebuilt, root / WEIGHTS)
     except (AttributeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtefactError(f"{root} does not fit this network ({error}); give the one it was made from") from error
-    return Artefact(rebuilt.eval(), profile, manifest, (root / WEIGHTS).stat().st_size)
+    size = manifest.files[WEIGHTS].bytes
+    return Artefact(rebuilt.eval(), profile, manifest, size, skeleton_forward if manifest.deployment else forward)
 
 
-def read_manifest(root: Path) -> Manifest:
-    """Raises ArtefactError when `root` has no readable manifest."""
-    path = root / MANIFEST
+def _rebuilt(manifest: Manifest, model: nn.Module, forward: Forward) -> nn.Module:
+    """The compressed network without its values."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    if manifest.deployment is not None:
+        model = _skeleton_of(model, manifest.deployment, forward)
+    for name, spec in manifest.modules.items():
+        swap(model, name, construct(spec))
+    norms = {name: FrozenNorm(channels) for name, channels in manifest.norms.items()}
+    for name, norm in norms.items():
+        model.get_submodule(name)
+        model.set_submodule(name, norm)
+    return model if manifest.deployment is None else channels_last(model)
+
+
+def _skeleton_of(model: nn.Module, spec: DeploymentSpec, forward: Forward) -> nn.Module:
+    """The skeleton of the network with empty points and sums in 8 bits, folded norms left out."""
+    tensors = {i.name: torch.zeros(_SAMPLES, *i.shape, dtype=getattr(torch, i.dtype)) for i in spec.inputs}
+    listed = tuple(tensors.values())
+    inputs = listed[0] if spec.nest == "tensor" else listed if spec.nest == "sequence" else tensors
     try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be read: {error.strerror}; is {root} an artefact?") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ArtefactError(f"{path} is no manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        skeleton = build_skeleton(model, inputs, forward, trace(model, inputs, forward)).module
+    except Exception as error:  # whatever torch.export and the network's own code raise
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"it cannot be shown as a graph: {first}") from error
+    empty = {f"{POINTS}.{name}": EightBit() for name in spec.points}
+    sums = {f"{JOINS}.{name}": EightBitSum(*(EightBit() for _ in range(3))) for name in spec.joins}
+    for name, module in {**empty, **sums, **{name: nn.Identity() for name in spec.folded}}.items():
+        skeleton.get_submodule(name)
+        skeleton.set_submodule(name, module)
+    return skeleton
 
 
-def _modules(model: nn.Module, graph: LayerGraph) -> dict[str, dict[str, Any]]:
-    return {
-        layer.name: describe(model.get_submodule(layer.name))
-        for layer in graph.layers
-        if not layer.blocked and not layer.tied_to and not any(other.tied_to == layer.name for other in graph.layers)
-    }
+def _modules(model: nn.Module, graph: LayerGraph, deployment: Deployment | None) -> dict[str, dict[str, Any]]:
+    """How each layer is constructed that a profile can compress; tied ones keep the user's module."""
+    tied = {layer.tied_to for layer in graph.layers}
+    names = [layer.name for layer in graph.layers if not layer.blocked and not layer.tied_to and layer.name not in tied]
+    return {n: describe(model.get_submodule(n)) for n in names if deployment is None or n in deployment.skeleton.units}
 
 
 def _resized(model: nn.Module, reference: nn.Module, graph: LayerGraph) -> dict[str, list[int]]:
@@ -188,14 +268,6 @@ def _fill(model: nn.Module, weights: Path) -> None:
         odd = sorted(set(expected) ^ set(tensors))[0]
         raise ValueError(f"tensor {odd!r} is only on one side")
     model.load_state_dict(tensors, strict=False)
-
-
-def _seal(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _sync(directory: Path) -> None:

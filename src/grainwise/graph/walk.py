@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.fx import Node
+from torch.utils._pytree import tree_map
 
 from grainwise.graph.atoms import Atoms, Dims, Tagged
 from grainwise.graph.call import Call
@@ -20,7 +21,7 @@ from grainwise.graph.forward import Forward, tensors_in
 from grainwise.graph.operators import RULES, opaque, unknown
 
 OUTPUTS = "the network's outputs"
-_PREFIX = "model."
+PREFIX = "model."  # of parameter names: the adapter below holds the model under it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,22 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def export_program(model: nn.Module, inputs: Any, forward: Forward) -> ExportedProgram:
-    """The network as ATen operations on these inputs; raises whatever torch.export raises."""
+def export_program(model: nn.Module, inputs: Any, forward: Forward, *, dynamic: bool = False) -> ExportedProgram:
+    """The network as ATen operations on these inputs; raises whatever torch.export raises.
+
+    dynamic: dimension 0 of every tensor, and all dimensions of integer tensors (tokens), may vary afterwards.
+    """
     plain = dict(inputs) if isinstance(inputs, Mapping) else inputs  # BatchEncoding and the like are no pytrees
+    sizes = (tree_map(_varying, plain),) if dynamic else None
     with warnings.catch_warnings(), plain_attention(), torch.no_grad():
         warnings.simplefilter("ignore")  # export warns of recurrent weights, constants and its own deprecations
-        return torch.export.export(_Adapter(model, forward), (plain,), strict=False)
+        return torch.export.export(_Adapter(model, forward), (plain,), dynamic_shapes=sizes, strict=False)
+
+
+def _varying(value: Any) -> dict[int, Any] | None:
+    if not isinstance(value, Tensor) or not value.dim():
+        return None
+    return {dim: Dim.AUTO for dim in range(1 if value.is_floating_point() else value.dim())}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -114,7 +125,7 @@ class _Walk:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return None
-        tensor = self._tensors.get(self._stored.get(node.name, "").removeprefix(_PREFIX))
+        tensor = self._tensors.get(self._stored.get(node.name, "").removeprefix(PREFIX))
         if tensor is None:
             return Tagged(tuple(value.shape), (None,) * value.ndim)
         number = self._numbers.get(id(tensor))

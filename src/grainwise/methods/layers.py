@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grainwise.methods.activations import DynamicLinear, StaticConv1d, StaticConv2d
 from grainwise.methods.storage import PackedWeight
 from grainwise.plan.choices import NONE, Choice
 from grainwise.plan.layers import Geometry, Kind
 from grainwise.plan.shapes import Stage
+from grainwise.plan.target import PACKED, Realisation
 
 
 class GroupedLinear(nn.Module):
@@ -61,27 +63,36 @@ class Ghost(nn.Module):
         return torch.cat((kept, ghosts), self.dim).index_select(self.dim, self.order.long())
 
 
-def plain_layer(geometry: Geometry) -> nn.Module:
+def plain_layer(geometry: Geometry, realisation: Realisation = Realisation.FLOAT) -> nn.Module:
     """The ordinary layer of a geometry, its parameters zero."""
     g = geometry
     with torch.no_grad(), torch.device("meta"):
-        layer = _on_meta(g)
+        layer = _on_meta(g, realisation)
     layer.to_empty(device="cpu")
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
-def _on_meta(g: Geometry) -> nn.Module:
+_CONVOLUTIONS = {
+    (Kind.CONV1D, False): nn.Conv1d,
+    (Kind.CONV2D, False): nn.Conv2d,
+    (Kind.CONV1D, True): StaticConv1d,
+    (Kind.CONV2D, True): StaticConv2d,
+}
+
+
+def _on_meta(g: Geometry, realisation: Realisation) -> nn.Module:
     match g.kind:
         case Kind.CONV1D | Kind.CONV2D:
-            kind: Any = nn.Conv1d if g.kind is Kind.CONV1D else nn.Conv2d
+            kind: Any = _CONVOLUTIONS[g.kind, realisation is Realisation.STATIC]
             layer: nn.Module = kind(g.inputs, g.outputs, g.kernel, g.stride, g.padding, g.dilation, g.groups, g.bias)
             return layer
         case Kind.LINEAR if g.groups > 1:
             return GroupedLinear(g.inputs, g.outputs, g.groups, g.bias)
         case Kind.LINEAR:
-            return nn.Linear(g.inputs, g.outputs, g.bias)
+            linear = DynamicLinear if realisation is Realisation.DYNAMIC else nn.Linear
+            return linear(g.inputs, g.outputs, g.bias)
         case Kind.EMBEDDING:
             return nn.Embedding(g.inputs, g.outputs)
 
@@ -118,13 +129,14 @@ def _refresh(layer: nn.Module, _incompatible: object = None) -> None:
         layer.weight.copy_(layer.packed.unpack().reshape(layer.weight.shape))
 
 
-def empty_stage(stage: Stage, precision: Choice = NONE) -> nn.Module:
-    """The module that keeps `stage` at `precision`, all zero.
+def empty_stage(stage: Stage, precision: Choice = NONE, realisation: Realisation | None = None) -> nn.Module:
+    """The module that keeps `stage` at `precision`, all zero; by default realised as the packed target does.
 
     With full support in float32 it is the ordinary layer. Else the ordinary layer's `weight` is a buffer outside of the
     state dict, and a child `packed` holds what is stored; loading a state dict unpacks it.
     """
-    layer = plain_layer(stage.geometry)
+    how = realisation or PACKED.realisation(stage, precision)
+    layer = plain_layer(stage.geometry, how)
     if stage.kept is None and precision == NONE:
         return layer
     dense = layer.weight
@@ -132,8 +144,19 @@ def empty_stage(stage: Stage, precision: Choice = NONE) -> nn.Module:
     del layer.weight
     layer.register_buffer("weight", dense.detach().clone(), persistent=False)
     layer.packed = PackedWeight(stage, precision)
+    if how is Realisation.STATIC:
+        layer.register_buffer("x_scale", torch.zeros(()))
+        layer.register_buffer("y_scale", torch.zeros(()))
+    layer.realisation = how  # type: ignore[assignment]  # nn.Module types every attribute as a tensor or module
     layer.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
     return layer
+
+
+def realisation_of(layer: nn.Module) -> Realisation:
+    """How a stage's module runs."""
+    found = getattr(layer, "realisation", Realisation.FLOAT)
+    assert isinstance(found, Realisation)
+    return found
 
 
 def filled_stage(
@@ -144,9 +167,10 @@ def filled_stage(
     scale: Tensor | None = None,
     support: Tensor | None = None,
     bias: Tensor | None = None,
+    realisation: Realisation | None = None,
 ) -> nn.Module:
     """A stage's module with its contents; `values`, `scale`, `support` as `PackedWeight.store` takes them."""
-    layer = empty_stage(stage, precision)
+    layer = empty_stage(stage, precision, realisation)
     with torch.no_grad():
         if isinstance(layer.bias if stage.geometry.bias else None, Tensor) and bias is not None:
             layer.bias.copy_(bias)  # type: ignore[operator]
@@ -157,3 +181,22 @@ def filled_stage(
             assert isinstance(layer.weight, nn.Parameter)
             layer.weight.copy_(values.reshape(layer.weight.shape))
     return layer
+
+
+@torch.no_grad()
+def scale_outputs(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """Change a stage's module in place so that it gives y * scale + shift for each output channel.
+
+    scale, shift: `[O]`. Codes stay, or change sign; scales are rounded to float16 again, one for each row where one
+    served the whole tensor.
+    """
+    old = layer.bias
+    bias = shift.clone() if old is None else torch.addcmul(shift, old, scale)  # type: ignore[arg-type]
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+    packed = getattr(layer, "packed", None)
+    if not isinstance(packed, PackedWeight):
+        assert isinstance(layer.weight, nn.Parameter)
+        layer.weight.mul_(scale.reshape(-1, *(1,) * (layer.weight.dim() - 1)))
+        return
+    layer.packed = packed.scaled_rows(scale)
+    _refresh(layer)

@@ -9,11 +9,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from grainwise.methods.layers import Ghost, GroupedLinear, empty_stage, geometry_of
+from grainwise.methods.activations import EightBit
+from grainwise.methods.layers import Ghost, GroupedLinear, empty_stage, geometry_of, realisation_of
 from grainwise.methods.storage import PackedWeight
 from grainwise.plan.choices import NONE, Choice, Granularity, Method
 from grainwise.plan.layers import Geometry, Kind
 from grainwise.plan.shapes import Stage
+from grainwise.plan.target import Realisation
 
 __all__ = ["Ghost", "GroupedLinear", "construct", "describe", "effective_matrix"]
 
@@ -41,12 +43,16 @@ class LayerSpec(_Spec):
     groups: Positive = 1
     bias: bool = False
     kept: Natural | None = None
-    tile_rows: Literal[0, 4, 8, 16] = 0
+    tile_rows: Literal[0, 4, 8, 16, 128] = 0
     bits: Literal[8, 4, 2] | None = None
     sharing: Granularity | None = None
+    realisation: Realisation | None = None
 
     def build(self) -> nn.Module:
-        return empty_stage(self._stage(), self._precision())
+        stage, precision = self._stage(), self._precision()
+        if (self.realisation is Realisation.DYNAMIC) > (self.kind is Kind.LINEAR and self.groups == 1):
+            raise ValueError(f"a {self.kind} layer of {self.groups} groups does not run in {self.realisation}")
+        return empty_stage(stage, precision, self.realisation)
 
     def _stage(self) -> Stage:
         dims = {Kind.CONV1D: 1, Kind.CONV2D: 2}.get(self.kind, 0)
@@ -71,11 +77,23 @@ class LayerSpec(_Spec):
         return NONE if self.bits is None else Choice(Method.QUANTIZE, self.sharing, self.bits)
 
 
+class PointSpec(_Spec):
+    """A value between two stages that is kept in 8 bits."""
+
+    type: Literal["eight_bit"] = "eight_bit"
+
+    def build(self) -> nn.Module:
+        return EightBit()
+
+
+_Part = Annotated[LayerSpec | PointSpec, Field(discriminator="type")]
+
+
 class SequenceSpec(_Spec):
     """Stages that run one after the other."""
 
     type: Literal["sequence"] = "sequence"
-    stages: Annotated[tuple[LayerSpec, ...], Field(min_length=1, max_length=8)]
+    stages: Annotated[tuple[_Part, ...], Field(min_length=1, max_length=8)]
 
     def build(self) -> nn.Module:
         return nn.Sequential(*(stage.build() for stage in self.stages))
@@ -120,11 +138,14 @@ def describe(module: nn.Module) -> dict[str, Any]:
 
 
 def _describe_layer(layer: nn.Module) -> dict[str, Any]:
+    if isinstance(layer, EightBit):
+        return PointSpec().model_dump(mode="json")
     g = geometry_of(layer)
     packed = getattr(layer, "packed", None)
     storage: dict[str, Any] = {}
     if isinstance(packed, PackedWeight):
         storage = {"kept": packed.stage.kept, "tile_rows": packed.stage.tile_rows}
+        storage["realisation"] = realisation_of(layer)
         if packed.bits:
             storage |= {"bits": packed.bits, "sharing": packed.precision.granularity}
     spec = LayerSpec(

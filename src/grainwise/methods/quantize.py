@@ -14,13 +14,12 @@ from torch import Tensor
 
 from grainwise.methods.problem import LayerProblem, StageProblem, by_group, damped, energy, times_hessian
 from grainwise.methods.solve import Column, descend, sweep
-from grainwise.methods.storage import CENTRE, spread_scales
+from grainwise.methods.storage import CENTRE, spread_scales, storable
 from grainwise.plan.choices import Choice, Granularity
 from grainwise.plan.layers import Geometry
 from grainwise.plan.shapes import group_size
+from grainwise.plan.target import WIDEST
 
-LOWEST: dict[int, int] = {8: 1, 4: 1, 2: 0}  # code 0 of 8 and 4 bits would make the range asymmetric
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of float16
 COARSE = tuple(0.1 * 1.1**i for i in range(25))  # shares of the range that the largest code may reach, 0.1 to 0.98
 FINE = (0.95, 1.0, 1.02, 1.05)
 ROUNDS = 3  # of re-fitted scales; later rounds gain less than 1 %
@@ -46,26 +45,22 @@ def sharing_rows(matrix: Tensor, geometry: Geometry, granularity: Granularity) -
             return F.pad(matrix, (0, -geometry.columns % size)).reshape(-1, size)
 
 
-def to_codes(values: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Nearest codes (as float) of values; `scale` broadcasts."""
-    return (values / scale + CENTRE[bits]).round_().clamp_(LOWEST[bits], 2**bits - 1)
+def to_codes(values: Tensor, scale: Tensor, bits: int, reach: float | None = None) -> Tensor:
+    """Nearest codes (as float) of values; `scale` broadcasts. reach: largest distance from the code of zero."""
+    most = WIDEST[bits] if reach is None else reach
+    return (values / scale + CENTRE[bits]).round_().clamp_(CENTRE[bits] - most, CENTRE[bits] + most)
 
 
-def storable(scale: Tensor) -> Tensor:
-    """Scales as float16 keeps them, in float32: positive and finite whatever comes in."""
-    return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
-
-
-def search_scale(rows: Tensor, importance: Tensor, bits: int) -> Tensor:
+def search_scale(rows: Tensor, importance: Tensor, bits: int, reach: float | None = None) -> Tensor:
     """float32 (float16-exact) `[S]`: for each row of `[S, P]` the scale of least importance-weighted rounding error.
 
     importance: `[S, P]`, zero for weights that do not count. A grid search, as `mse` range setting in OBC (2022).
     """
-    peak = torch.where(importance > 0, rows.abs(), 0.0).amax(1) / (2**bits - 1 - CENTRE[bits])
+    peak = torch.where(importance > 0, rows.abs(), 0.0).amax(1) / (WIDEST[bits] if reach is None else reach)
 
     def error(scale: Tensor) -> Tensor:
         wide = scale[:, None]
-        back = (to_codes(rows, wide, bits) - CENTRE[bits]) * wide
+        back = (to_codes(rows, wide, bits, reach) - CENTRE[bits]) * wide
         return ((back - rows).square_() * importance).sum(1)
 
     best = storable(peak)
@@ -103,8 +98,10 @@ def refit_scale(problem: LayerProblem, levels: Tensor, granularity: Granularity)
     return storable(torch.linalg.solve(left, right).reshape(-1))
 
 
-def quantize(stage: StageProblem, choice: Choice) -> Quantised:
+def quantize(stage: StageProblem, choice: Choice, reach: float | None = None) -> Quantised:
     """Codes and scales of a stage at `choice.level` bits; weights outside of the support stay zero.
+
+    reach: largest distance of a code from that of zero, by default all that the bits hold.
 
     The error that rounding and pruning leave is compensated in the weights still to come (`sweep`), then codes and
     scales are improved in turn as long as the error under the damped H falls.
@@ -113,13 +110,15 @@ def quantize(stage: StageProblem, choice: Choice) -> Quantised:
     problem, g, bits, granularity = stage.problem, stage.problem.geometry, int(choice.level), choice.granularity
     keep = torch.ones_like(problem.matrix) if stage.support is None else stage.support.to(problem.matrix.dtype)
     importance = problem.curvature() * keep
-    scale = search_scale(sharing_rows(problem.matrix, g, granularity), sharing_rows(importance, g, granularity), bits)
+    scale = search_scale(
+        sharing_rows(problem.matrix, g, granularity), sharing_rows(importance, g, granularity), bits, reach
+    )
     if problem.hessian.dim() == 1:  # H is diagonal: nothing can be compensated
-        return _coded(problem.matrix, scale, g, granularity, bits)
+        return _coded(problem.matrix, scale, g, granularity, bits, reach)
 
     def rounder(scale: Tensor) -> _ColumnRounder:
         wide = spread_scales(scale, g, granularity).T.contiguous()
-        return _ColumnRounder(wide.numpy(), (wide * keep.T).numpy(), bits)
+        return _ColumnRounder(wide.numpy(), (wide * keep.T).numpy(), bits, reach or WIDEST[bits])
 
     def cost(values: Tensor) -> float:
         return energy(problem.matrix - values, h)
@@ -129,22 +128,26 @@ def quantize(stage: StageProblem, choice: Choice) -> Quantised:
     values = descend(problem.matrix, values, problem.hessian, rounder(scale))
     least = cost(values)
     for _ in range(ROUNDS if bits < 8 else 0):
-        levels = (_codes(values, scale, g, granularity, bits) - CENTRE[bits]) * keep
+        levels = (_codes(values, scale, g, granularity, bits, reach) - CENTRE[bits]) * keep
         new_scale = refit_scale(problem, levels, granularity)
         start = levels * spread_scales(new_scale, g, granularity)
         new_values = descend(problem.matrix, start, problem.hessian, rounder(new_scale))
         if not cost(new_values) < least:
             break
         scale, values, least = new_scale, new_values, cost(new_values)
-    return _coded(values, scale, g, granularity, bits)
+    return _coded(values, scale, g, granularity, bits, reach)
 
 
-def _codes(values: Tensor, scale: Tensor, g: Geometry, granularity: Granularity, bits: int) -> Tensor:
-    return to_codes(values, spread_scales(scale, g, granularity), bits)
+def _codes(
+    values: Tensor, scale: Tensor, g: Geometry, granularity: Granularity, bits: int, reach: float | None
+) -> Tensor:
+    return to_codes(values, spread_scales(scale, g, granularity), bits, reach)
 
 
-def _coded(values: Tensor, scale: Tensor, g: Geometry, granularity: Granularity, bits: int) -> Quantised:
-    return Quantised(_codes(values, scale, g, granularity, bits).to(torch.uint8), scale.half())
+def _coded(
+    values: Tensor, scale: Tensor, g: Geometry, granularity: Granularity, bits: int, reach: float | None
+) -> Quantised:
+    return Quantised(_codes(values, scale, g, granularity, bits, reach).to(torch.uint8), scale.half())
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +157,11 @@ class _ColumnRounder:
     scale: Column
     kept_scale: Column
     bits: int
+    reach: float
 
     def __call__(self, j: int, column: Column) -> Column:
-        codes = np.rint(column / self.scale[j] + np.float32(CENTRE[self.bits]))
-        codes = np.minimum(np.maximum(codes, LOWEST[self.bits]), 2**self.bits - 1)
-        rounded: Column = (codes - np.float32(CENTRE[self.bits])) * self.kept_scale[j]
+        centre = np.float32(CENTRE[self.bits])
+        codes = np.rint(column / self.scale[j] + centre)
+        codes = np.minimum(np.maximum(codes, centre - self.reach), centre + self.reach)
+        rounded: Column = (codes - centre) * self.kept_scale[j]
         return rounded

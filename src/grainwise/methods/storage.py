@@ -14,6 +14,7 @@ from grainwise.plan.choices import Choice, Granularity, Method
 from grainwise.plan.layers import Geometry
 from grainwise.plan.shapes import Stage, group_size, scale_count
 
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of float16
 CENTRE: dict[int, float] = {8: 128.0, 4: 8.0, 2: 1.5}
 """Code of the value zero; at 2 bits it lies between two codes: the levels are ±0.5 and ±1.5 scales (mid-rise)."""
 
@@ -35,6 +36,11 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     shifted: Tensor = torch.bitwise_right_shift(packed[:, None], shifts)
     codes: Tensor = torch.bitwise_and(shifted, 2**bits - 1)
     return codes.reshape(-1)[:count]
+
+
+def storable(scale: Tensor) -> Tensor:
+    """Scales as float16 keeps them, in float32: positive and finite whatever comes in."""
+    return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
 
 
 def spread_scales(scale: Tensor, geometry: Geometry, granularity: Granularity) -> Tensor:
@@ -129,14 +135,55 @@ class PackedWeight(nn.Module):
             self.support.copy_(encode_support(support, self.stage))
 
     @torch.no_grad()
+    def codes(self) -> Tensor:
+        """The kept codes `[N]`, uint8. Raises ValueError when values are kept as float32."""
+        if not self.bits:
+            raise ValueError("float32 values have no codes")
+        return unpack_bits(self.weight, self.bits, self.kept)
+
+    def row_scale(self) -> Tensor:
+        """`[R]` or `[1]`, float32: what one unit of an integer sum of products is worth for inputs of scale 1. Levels
+        of 2 bits are multiples of a half, so the kernel takes them doubled.
+        """
+        assert self.scale is not None
+        return self.scale.float() * (0.5 if self.bits == 2 else 1.0)
+
+    @torch.no_grad()
+    def scaled_rows(self, factors: Tensor) -> PackedWeight:
+        """The weight with each row of the matrix times its factor `[R]`, in the same codes (mirrored for a negative
+        factor); scales are rounded to float16, one a row where one served the tensor.
+        """
+        g, precision = self.stage.geometry, self.precision
+        signs = torch.where(factors < 0, -1.0, 1.0)
+        support = None if self.support is None else decode_support(self.support, self.stage)
+        if not self.bits:
+            twin = PackedWeight(self.stage, precision)
+            twin.store(self.unpack() * factors[:, None], None, support)
+            return twin
+        if precision.granularity is Granularity.LAYER:
+            precision = Choice(Method.QUANTIZE, Granularity.CHANNEL, precision.level)
+        assert self.scale is not None
+        per_row = self.scale.float().reshape(-1, 1) if len(self.scale) == 1 else self.scale.float().reshape(g.rows, -1)
+        scale = storable(per_row * factors.abs()[:, None]).reshape(-1)
+        levels = self._dense_levels() * signs[:, None]
+        twin = PackedWeight(self.stage, precision)
+        twin.store((levels + CENTRE[self.bits]).to(torch.uint8), scale, support)
+        return twin
+
+    def _dense_levels(self) -> Tensor:
+        """`[R, C]` codes counted from the code of zero; zero where nothing is kept."""
+        g = self.stage.geometry
+        values = self.codes().float() - CENTRE[self.bits]
+        return values.reshape(g.rows, g.columns) if self.support is None else self._scattered(values)
+
+    @torch.no_grad()
     def unpack(self) -> Tensor:
         """The dense weight, float32 `[R, C]`. Raises ValueError when the support does not fit what is stored."""
         g = self.stage.geometry
         if self.bits:
-            values = unpack_bits(self.weight, self.bits, self.kept).float() - CENTRE[self.bits]
+            dense = self._dense_levels()
         else:
-            values = self.weight
-        dense = values.reshape(g.rows, g.columns) if self.support is None else self._scattered(values)
+            dense = self.weight.reshape(g.rows, g.columns) if self.support is None else self._scattered(self.weight)
         if self.scale is not None:
             assert self.precision.granularity is not None
             dense = dense * spread_scales(self.scale, g, self.precision.granularity)

@@ -4,39 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 
-from grainwise.plan.choices import PRECISIONS, STRUCTURES, UNCOMPRESSED, Choice, Entry, numbers_of
+from grainwise.plan.choices import PRECISIONS, STRUCTURES, UNCOMPRESSED, Entry, numbers_of
 from grainwise.plan.layers import Coupling, Geometry, Layer
-from grainwise.plan.shapes import Stage, routing_tensors, stage_macs, stage_tensors, stages
+from grainwise.plan.prices import COSTS, Cost, Numbers, PackedPrices, Prices
+from grainwise.plan.shapes import stage_macs, stages
 from grainwise.plan.space import Mask, SearchSpace, narrows, units_left
 
-COSTS = ("size", "macs")
-Cost = NDArray[np.float64]
-"""`[2]`: bytes in the artefact, multiply-accumulates per sample."""
+_REMEMBERED = 20_000  # tables of shared costs
+_NOTHING: Cost = np.zeros((len(STRUCTURES), len(PRECISIONS), len(COSTS)))
 
 Widths = Mapping[str, int]
 """Units left of each coupling that was narrowed."""
 
 _Other = tuple[str, tuple[int, ...], tuple[tuple[str, int, int], ...]]  # name, shape, cuts
 
-_HEADER_PER_TENSOR = len('"":{"dtype":"F32","shape":[],"data_offsets":[,]},')
-
 
 class CostModel:
-    """Exact costs of entries, given the widths that earlier decisions left.
+    """Costs of entries, given the widths that earlier decisions left; cost arrays end in `[3]`, as COSTS names them.
 
-    other_tensors: shapes of the float32 parameters and buffers that are stored beside the layers, by name.
-
-    The size is that of the safetensors file, header included; only the digits of the header's offsets are taken at
-    their longest, so a prediction is never too small and exceeds the file by some bytes a tensor.
+    other_tensors: shapes of the float32 parameters and buffers that are stored beside the layers, by name. prices: what
+    the target charges, by default that of the packed weights file.
     """
 
-    def __init__(self, space: SearchSpace, other_tensors: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, space: SearchSpace, other_tensors: Mapping[str, tuple[int, ...]], prices: Prices | None = None
+    ) -> None:
         self.space = space
+        self.prices: Prices = prices or PackedPrices.of(space.layers, list(other_tensors.values()))
         self._others = dict(other_tensors)
         self._couplings = {c.name: c for c in space.graph.couplings if c.frozen is None}
         self._cuts = {layer.name: self._layer_cuts(layer) for layer in space.layers}
@@ -48,11 +45,10 @@ class CostModel:
         for pairs in self._pairs:
             pairs.flags.writeable = False
         self._table = lru_cache(maxsize=None)(self._compute_table)
-        full = sum(layer.geometry.weights for layer in space.layers) + sum(map(prod, self._others.values()))
-        self._digits = len(str(4 * full))
         self._other_groups = self._grouped_others()
         self._other_sizes: dict[tuple[int, ...], float] = {}
         self._fixed: dict[frozenset[tuple[str, int]], Cost] = {}
+        self._shared: dict[tuple[int, object], Cost] = {}
 
     def _layer_cuts(self, layer: Layer) -> tuple[tuple[str, bool, int], ...]:
         """(coupling, cuts outputs, positions per unit) for each coupling that narrows the layer's weight."""
@@ -115,7 +111,7 @@ class CostModel:
         }
 
     def table(self, index: int, widths: Widths) -> Cost:
-        """`[S, P, 2]` cost of each entry of layer `index` at these widths; its own narrowing is in `widths` already."""
+        """`[S, P, 3]` cost of each entry of layer `index` at these widths; its own narrowing is in `widths` already."""
         relevant = tuple((name, widths[name]) for name in self._related[index] if name in widths)
         found: Cost = self._table(index, relevant)
         return found
@@ -123,7 +119,7 @@ class CostModel:
     def _compute_table(self, index: int, relevant: tuple[tuple[str, int], ...]) -> Cost:
         layer = self.space.layers[index]
         geometry = self.narrowed(layer, dict(relevant))
-        table = np.full((len(STRUCTURES), len(PRECISIONS), 2), np.inf)
+        table = np.full((len(STRUCTURES), len(PRECISIONS), len(COSTS)), np.inf)
         pairs = self.pairs(index)
         plain = self._row(layer, geometry, 0)
         for s in np.flatnonzero(pairs.any(axis=1)).tolist():  # a narrowing structure leaves one plain stage
@@ -133,22 +129,16 @@ class CostModel:
         return table
 
     def _row(self, layer: Layer, geometry: Geometry, structure: int) -> Cost:
-        """`[P, 2]` cost of one structure at every precision."""
+        """`[P, 3]` cost of one structure at every precision."""
+        choice, prices = STRUCTURES[structure], self.prices
         if layer.tied_to:
-            return np.tile(np.array([0.0, layer.macs]), (len(PRECISIONS), 1))
-        choice = STRUCTURES[structure]
-        found = stages(geometry, choice)
-        macs = sum(stage_macs(stage, layer.positions_in, layer.positions_out) for stage in found)
-        routing = tuple(routing_tensors(geometry, choice).values())
-        header = self._header(f"{layer.name}.primary.packed.support", len(geometry.weight_shape))
-        sizes = [_bytes(found, precision, routing, header) for precision in PRECISIONS]
-        return np.stack([np.array(sizes, dtype=np.float64), np.full(len(PRECISIONS), float(macs))], axis=1)
-
-    def _header(self, name: str, dimensions: int) -> int:
-        return _HEADER_PER_TENSOR + len(name) + 2 * self._digits + 4 * dimensions
+            return np.tile(np.array([0.0, layer.macs, 0.0]), (len(PRECISIONS), 1))
+        macs = float(sum(stage_macs(s, layer.positions_in, layer.positions_out) for s in stages(geometry, choice)))
+        given = ((layer, geometry, choice, precision) for precision in PRECISIONS)
+        return np.array([[prices.layer_bytes(*entry), macs, prices.layer_ms(*entry)] for entry in given])
 
     def fixed(self, widths: Widths) -> Cost:
-        """`[2]`, read-only: what is stored and computed beside the layers."""
+        """`[3]`, read-only: what is stored and computed beside the layers."""
         decided = frozenset(widths.items())
         if decided not in self._fixed:
             self._fixed[decided] = self._compute_fixed(widths)
@@ -156,32 +146,45 @@ class CostModel:
         return self._fixed[decided]
 
     def _compute_fixed(self, widths: Widths) -> Cost:
-        size = 64.0
+        size = 0.0
         for number, (couplings, tensors) in enumerate(self._other_groups):
             key = (number, *(widths.get(coupling, -1) for coupling in couplings))
             if key not in self._other_sizes:
                 self._other_sizes[key] = sum(self._other_size(tensor, widths) for tensor in tensors)
             size += self._other_sizes[key]
-        return np.array([size, float(self.space.graph.other_macs)])
+        beside: Cost = self.prices.fixed + np.array([size, float(self.space.graph.other_macs), 0.0])
+        return beside
 
-    def _other_size(self, tensor: _Other, widths: Widths) -> int:
+    def _other_size(self, tensor: _Other, widths: Widths) -> float:
         name, shape, cuts = tensor
         left = list(shape)
         for coupling, dim, positions in cuts:
             width = self._couplings[coupling].width
             left[dim] -= (width - widths.get(coupling, width)) * positions
-        return 4 * prod(left) + self._header(name, len(shape))
+        return self.prices.tensor_bytes(name, tuple(left))
+
+    def shared(self, numbers: Numbers) -> Cost:
+        """`[3]` what a profile costs beyond the sum of its entries."""
+        found = self.prices.shared
+        return np.zeros(len(COSTS)) if found is None else found.of(numbers)
+
+    def shared_table(self, index: int, numbers: Numbers) -> Cost:
+        """`[S, P, 3]` shared cost of the profile with each entry in the place of layer `index`'s."""
+        found = self.prices.shared
+        if found is None:
+            return _NOTHING
+        key: tuple[int, object] = index, found.signature(index, numbers)
+        if key not in self._shared:
+            if len(self._shared) > _REMEMBERED:
+                self._shared.clear()
+            self._shared[key] = found.table(index, numbers)
+        return self._shared[key]
 
     def total(self, entries: Mapping[str, Entry]) -> Cost:
-        """`[2]` cost of a whole profile; layers that it does not name stay uncompressed."""
+        """`[3]` cost of a whole profile; layers that it does not name stay uncompressed."""
         widths = self.widths(entries)
-        total = self.fixed(widths)
-        for index, layer in enumerate(self.space.layers):
-            total = total + self.table(index, widths)[numbers_of(entries.get(layer.name, UNCOMPRESSED))]
+        numbers = [numbers_of(entries.get(layer.name, UNCOMPRESSED)) for layer in self.space.layers]
+        total = self.fixed(widths) + self.shared(numbers)
+        for index, found in enumerate(numbers):
+            total = total + self.table(index, widths)[found]
         return total
-
-
-def _bytes(found: tuple[Stage, ...], precision: Choice, routing: tuple[int, ...], header: int) -> int:
-    """Bytes of a layer's tensors and of their lines in the file's header."""
-    tensors = [size for stage in found for size in stage_tensors(stage, precision).values()]
-    return sum(tensors) + sum(routing) + (len(tensors) + len(routing)) * header

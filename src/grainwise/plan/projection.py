@@ -11,13 +11,15 @@ from collections.abc import Mapping, Set
 import numpy as np
 from numpy.typing import NDArray
 
-from grainwise.plan.choices import NONE, STRUCTURES, Choice, Entry, Granularity, Method, numbers_of
-from grainwise.plan.cost import COSTS, Cost, CostModel, Widths
+from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, Choice, Entry, Granularity, Method, numbers_of
+from grainwise.plan.cost import CostModel, Widths
+from grainwise.plan.prices import COSTS, Cost, Numbers
 from grainwise.plan.space import Mask, narrows, units_left
 
 BLOCK_STUDENTS = tuple(
     i for i, c in enumerate(STRUCTURES) if c.method is Method.DISTILL and c.granularity is Granularity.BLOCK
 )
+_Option = tuple[Cost, tuple[int, int]]
 NARROWING = tuple(i for i, c in enumerate(STRUCTURES) if narrows(c))
 
 
@@ -41,15 +43,15 @@ class Projection:
         reference = cost.total({})
         finite = np.isfinite(self.budget)
         self.weight: Cost = np.where(finite, 1 / np.where(finite, self.budget, 1.0), 1e-9 / np.maximum(reference, 1.0))
-        self._cheapest: dict[tuple[int | None, ...], Cost] = {}
+        self._cheapest: dict[tuple[int | None, ...], _Option] = {}
         self._squeezed: dict[str, tuple[int, int]] = {}
         self._squeezed = self._squeeze()
         self.start_widths = self.squeezed_widths(0, {}, frozenset())
-        self.start_costs: Cost = np.stack(
-            [self.cheapest(index, self.start_widths, frozenset()) for index in range(len(self.space.layers))]
-        )
+        options = [self.cheapest(index, self.start_widths, frozenset()) for index in range(len(self.space.layers))]
+        self.start_costs: Cost = np.stack([cost for cost, _ in options])
+        self.start_numbers: Numbers = [found for _, found in options]
         self.numbers = {layer.name: index for index, layer in enumerate(self.space.layers)}
-        start = self.start_costs.sum(axis=0) + cost.fixed(self.start_widths)
+        start = self.start_costs.sum(axis=0) + cost.fixed(self.start_widths) + cost.shared(self.start_numbers)
         if (start > self.budget).any():
             short = int(np.argmax(start / self.budget))
             raise Unreachable(
@@ -79,9 +81,9 @@ class Projection:
                 squeezed[name] = units_left(self.cost.coupling(name), STRUCTURES[structure])
         return squeezed
 
-    def cheapest(self, index: int, widths: Widths, students: Set[str]) -> Cost:
-        """`[2]` cost of the completion's entry for layer `index` at these widths; layers of `students` take no
-        structure of their own.
+    def cheapest(self, index: int, widths: Widths, students: Set[str]) -> _Option:
+        """The completion's entry for layer `index` at these widths: its `[3]` cost and its numbers; layers of
+        `students` take no structure of their own.
         """
         name = self.space.layers[index].name
         student = name in students
@@ -89,14 +91,17 @@ class Projection:
         if key not in self._cheapest:
             rows = [0] if student else [self._squeezed[name][1]] if name in self._squeezed else self._plain_rows(index)
             options = self.cost.table(index, widths)[rows].reshape(-1, len(COSTS))
-            self._cheapest[key] = options[np.argmin((options * self.weight).sum(axis=1))]
+            best = int(np.argmin((options * self.weight).sum(axis=1)))
+            row, precision = divmod(best, len(PRECISIONS))
+            self._cheapest[key] = options[best], (rows[row], precision)
         return self._cheapest[key]
 
     def _completed(self) -> Cost:
-        """`[2]` cost of the cheapest completion of the empty profile."""
+        """`[3]` cost of the cheapest completion of the empty profile."""
         widths = self.squeezed_widths(0, {}, frozenset())
-        layers = (self.cheapest(index, widths, frozenset()) for index in range(len(self.space.layers)))
-        return sum(layers, self.cost.fixed(widths))
+        layers = [self.cheapest(index, widths, frozenset()) for index in range(len(self.space.layers))]
+        shared = self.cost.shared([numbers for _, numbers in layers])
+        return sum((cost for cost, _ in layers), self.cost.fixed(widths) + shared)
 
     def _plain_rows(self, index: int) -> list[int]:
         return [int(s) for s in np.flatnonzero(self.space.structures[index]) if s not in NARROWING]
@@ -106,7 +111,7 @@ class Walk:
     """One profile while it is chosen, layer by layer.
 
     entries: what was chosen so far. widths: units left of the couplings that were narrowed.
-    completed: `[2]` cost of the profile if all later layers take the cheapest completion.
+    completed: `[3]` cost of the profile if all later layers take the cheapest completion.
     """
 
     def __init__(self, projection: Projection) -> None:
@@ -116,10 +121,11 @@ class Walk:
         self.widths: dict[str, int] = {}
         self._students: frozenset[str] = frozenset()
         self._structured: set[str] = set()
-        self._numbers: list[tuple[int, int]] = []
+        self._numbers = list(projection.start_numbers)  # of each layer in the completed profile, chosen or not
         self._completion: Widths = projection.start_widths
-        self._costs = projection.start_costs.copy()  # [L, 2] of each layer in the completed profile
-        self.completed: Cost = self._costs.sum(axis=0) + projection.cost.fixed(self._completion)
+        self._costs = projection.start_costs.copy()  # [L, 3] of each layer in the completed profile
+        self._shared: Cost = projection.cost.shared(self._numbers)
+        self.completed: Cost = self._costs.sum(axis=0) + projection.cost.fixed(self._completion) + self._shared
 
     @property
     def step(self) -> int:
@@ -141,23 +147,30 @@ class Walk:
         return pairs
 
     def costs(self) -> tuple[Mask, NDArray[np.float64]]:
-        """`[S, P]` entries that are legal here, and `[S, P, 2]` the cost of the whole profile when the entry is taken
+        """`[S, P]` entries that are legal here, and `[S, P, 3]` the cost of the whole profile when the entry is taken
         and the cheapest completion follows (infinite where illegal).
         """
         index, cost = self.step, self._projection.cost
         legal = self.legal()
-        revised, widths, _ = self._after(NONE)
-        table = revised + cost.table(index, widths)
+        revised, widths, touched = self._after(NONE)
+        table = revised + cost.table(index, widths) + cost.shared_table(index, self._revised_numbers(touched))
         for s in NARROWING:
             if legal[s].any():
-                revised, widths, _ = self._after(STRUCTURES[s])
-                table[s] = revised + cost.table(index, widths)[s]
+                revised, widths, touched = self._after(STRUCTURES[s])
+                shared = cost.shared_table(index, self._revised_numbers(touched))
+                table[s] = revised + cost.table(index, widths)[s] + shared[s]
         table[~legal] = np.inf
         return legal, table
 
-    def _after(self, structure: Choice) -> tuple[Cost, Widths, dict[int, Cost]]:
-        """What follows when the current layer takes `structure`: `[2]` cost of the completed profile without the
-        current layer, its widths, and the costs of the other layers that differ from now.
+    def _revised_numbers(self, touched: Mapping[int, _Option]) -> list[tuple[int, int]]:
+        numbers = list(self._numbers)
+        for index, (_, found) in touched.items():
+            numbers[index] = found
+        return numbers
+
+    def _after(self, structure: Choice) -> tuple[Cost, Widths, dict[int, _Option]]:
+        """What follows when the current layer takes `structure`: `[3]` cost of the completed profile without the
+        current layer and without what is shared, its widths, and cost and numbers of the other layers that differ.
         """
         shared, index = self._projection, self.step
         widths, students = self._decided(structure)
@@ -167,18 +180,19 @@ class Walk:
             if completion.get(name) != self._completion.get(name):
                 touched.update(shared.cost.touching(name))
         touched.discard(index)
-        costs = {i: self._cost_of(i, completion, students) for i in touched}
-        revised = self.completed - self._costs[index]
+        options = {i: self._option_of(i, completion, students) for i in touched}
+        revised = self.completed - self._shared - self._costs[index]
         if touched:
             revised = revised + shared.cost.fixed(completion) - shared.cost.fixed(self._completion)
-            for i, cost in costs.items():
+            for i, (cost, _) in options.items():
                 revised = revised + (cost - self._costs[i])
-        return revised, completion, costs
+        return revised, completion, options
 
-    def _cost_of(self, index: int, completion: Widths, students: Set[str]) -> Cost:
+    def _option_of(self, index: int, completion: Widths, students: Set[str]) -> _Option:
         if index < self.step:
-            found: Cost = self._projection.cost.table(index, completion)[self._numbers[index]]
-            return found
+            numbers = self._numbers[index]
+            cost: Cost = self._projection.cost.table(index, completion)[numbers]
+            return cost, numbers
         return self._projection.cheapest(index, completion, students)
 
     def _decided(self, structure: Choice) -> tuple[Widths, frozenset[str]]:
@@ -204,15 +218,16 @@ class Walk:
     def take(self, entry: Entry) -> None:
         """Choose `entry` for the current layer."""
         index, layer = self.step, self.space.layers[self.step]
-        revised, completion, costs = self._after(entry.structure)
+        revised, completion, options = self._after(entry.structure)
         widths, self._students = self._decided(entry.structure)
         self.widths = dict(widths)
         if entry.structure != NONE:
             self._structured.add(layer.name)
-        self.entries[layer.name] = entry
-        self._numbers.append(numbers_of(entry))
         self._completion = completion
-        for i, cost in costs.items():
-            self._costs[i] = cost
+        for i, (cost, numbers) in options.items():
+            self._costs[i], self._numbers[i] = cost, numbers
+        self.entries[layer.name] = entry
+        self._numbers[index] = numbers_of(entry)
         self._costs[index] = self._projection.cost.table(index, completion)[self._numbers[index]]
-        self.completed = revised + self._costs[index]
+        self._shared = self._projection.cost.shared(self._numbers)
+        self.completed = revised + self._costs[index] + self._shared

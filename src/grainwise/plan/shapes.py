@@ -13,6 +13,7 @@ from grainwise.plan.layers import Geometry, Kind
 
 WIDTH_MULTIPLE = 8  # other widths waste most of the gain in every CPU kernel
 TILE_ROWS = (16, 8, 4)
+TALL_TILE = 128  # rows of a tile that a gather and a dense product outrun the dense layer with
 ROW_BLOCKS = (4, 2)
 
 
@@ -41,9 +42,10 @@ def group_size(columns: int) -> int:
     return 32 if columns <= 1024 else 128
 
 
-def tile_rows(rows: int) -> int:
-    """Height of the tiles of `prune/block`; 0 when no tile height divides the rows."""
-    return next((t for t in TILE_ROWS if rows % t == 0), 0)
+def tile_rows(geometry: Geometry) -> int:
+    """Height of the tiles of `prune/block`, tall ones for a Linear if they fit; 0 when no height divides the rows."""
+    heights = (TALL_TILE, *TILE_ROWS) if geometry.kind is Kind.LINEAR else TILE_ROWS
+    return next((t for t in heights if geometry.rows % t == 0), 0)
 
 
 def row_blocks(rows: int) -> int:
@@ -123,7 +125,7 @@ def stages(geometry: Geometry, structure: Choice) -> tuple[Stage, ...]:
         case Method.PRUNE, Granularity.BLOCK:
             assert structure.level is not None
             kept_columns = geometry.columns - round(structure.level * geometry.columns)
-            return (Stage(geometry, kept=kept_columns * geometry.rows, tile_rows=tile_rows(geometry.rows)),)
+            return (Stage(geometry, kept=kept_columns * geometry.rows, tile_rows=tile_rows(geometry)),)
         case Method.FACTORIZE, _:
             return _factor_stages(geometry, structure)
         case Method.DISTILL, Granularity.LAYER | Granularity.CHANNEL:

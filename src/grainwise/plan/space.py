@@ -82,7 +82,7 @@ def _prune_refusal(g: Geometry, choice: Choice) -> str | None:
     if choice.granularity is Granularity.BLOCK:
         if g.kind is Kind.EMBEDDING:
             return "a token's vector is read whole"
-        if g.depthwise or not tile_rows(g.rows):
+        if g.depthwise or not tile_rows(g):
             return "its rows cannot be cut into tiles of 16, 8 or 4"
     return None
 

@@ -11,6 +11,7 @@ from grainwise.graph.narrow import narrow
 from grainwise.plan.choices import UNCOMPRESSED, Entry, Granularity, Method
 from grainwise.plan.layers import Block
 from grainwise.plan.space import narrows, units_left
+from grainwise.realise.deploy import activate_points
 from grainwise.realise.library import VariantLibrary
 from grainwise.realise.swap import swap
 
@@ -45,7 +46,7 @@ def build(library: VariantLibrary, entries: Mapping[str, Entry]) -> nn.Module:
     reference = library.reference
     kept = kept_units(library, entries)
     students = _students(library, entries)
-    model = reference.model
+    model = reference.base
     if students:
         model = copy.deepcopy(model)
         for block, units in students:
@@ -61,4 +62,6 @@ def build(library: VariantLibrary, entries: Mapping[str, Entry]) -> nn.Module:
         plain = Entry(precision=entry.precision) if layer.name in owner else entry
         if layer.name in owner or entry != UNCOMPRESSED or any(p is not None for p in library.positions(layer, kept)):
             swap(model, layer.name, library.layer(layer, plain, kept, owner.get(layer.name)))
+    if reference.skeleton is not None:
+        activate_points(model, reference.skeleton)
     return model.eval().requires_grad_(False)

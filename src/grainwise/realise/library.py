@@ -68,7 +68,7 @@ class VariantLibrary:
         def make() -> nn.Module:
             with torch.no_grad():
                 structure = self._once(("structure", *place, entry.structure), solve)
-                return realise(structure, entry.precision).eval().requires_grad_(False)
+                return realise(structure, entry.precision, self.reference.target).eval().requires_grad_(False)
 
         return self._once(("layer", *place, entry), make)
 

@@ -17,7 +17,13 @@ from rich.progress import (
 
 from grainwise.study.trial import Trial
 
-STAGES = {"trace": "tracing", "sensitivity": "scoring choices", "search": "searching", "finish": "finishing"}
+STAGES = {
+    "trace": "tracing",
+    "latency": "timing kernels",
+    "sensitivity": "scoring choices",
+    "search": "searching",
+    "finish": "finishing",
+}
 
 
 class LiveProgress:
@@ -72,5 +78,6 @@ class LiveProgress:
             note = (
                 f"{rate}, best #{leader.number}: metric {found.metric:.4f}, divergence {found.divergence:.4f}, "
                 f"{found.size_bytes:,} B, {found.macs / 1e6:.3g} M MACs"
+                + (f", {found.latency_ms:.3g} ms" if found.latency_ms else "")
             )
         self._progress.update(self._task, completed=trial.number + 1, note=note)

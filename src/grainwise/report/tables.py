@@ -7,19 +7,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from grainwise.plan.choices import PRECISIONS, STRUCTURES
+from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry
 from grainwise.plan.layers import Layer
 from grainwise.plan.space import SearchSpace
+from grainwise.plan.target import Target
 from grainwise.report.card import Figures, comparison
 
 
-def inspection(space: SearchSpace, statistics: list[list[float]]) -> dict[str, Any]:
+def inspection(space: SearchSpace, statistics: list[list[float]], target: Target) -> dict[str, Any]:
     """Everything `inspect` knows; statistics: mean, variance and entropy (nats) of each layer's output."""
     layers = [
-        _layer(space, index, layer, row)
+        _layer(space, index, layer, row, target)
         for index, (layer, row) in enumerate(zip(space.layers, statistics, strict=True))
     ]
     return {
+        "target": target.name,
         "layers": layers,
         "parameters": sum(layer["weights"] for layer in layers if not layer["tied_to"]),
         "macs": sum(layer["macs"] for layer in layers) + space.graph.other_macs,
@@ -39,7 +41,7 @@ def inspection(space: SearchSpace, statistics: list[list[float]]) -> dict[str, A
     }
 
 
-def _layer(space: SearchSpace, index: int, layer: Layer, statistics: list[float]) -> dict[str, Any]:
+def _layer(space: SearchSpace, index: int, layer: Layer, statistics: list[float], target: Target) -> dict[str, Any]:
     legal = [str(c) for s, c in enumerate(STRUCTURES) if space.structures[index, s]]
     legal += [str(c) for p, c in enumerate(PRECISIONS) if p and space.precisions[index, p]]
     refused: dict[str, list[str]] = {}
@@ -47,6 +49,9 @@ def _layer(space: SearchSpace, index: int, layer: Layer, statistics: list[float]
         if reason := space.reasons.get((layer.name, choice)):
             refused.setdefault(reason, []).append(str(choice))
     geometry = layer.geometry
+    entries = [Entry(structure=c) for s, c in enumerate(STRUCTURES) if s and space.structures[index, s]]
+    entries += [Entry(precision=c) for p, c in enumerate(PRECISIONS) if p and space.precisions[index, p]]
+    slow = [str(e) for e in entries if not target.faster(geometry, e.structure, e.precision)]
     return {
         "name": layer.name,
         "kind": str(geometry.kind),
@@ -59,6 +64,7 @@ def _layer(space: SearchSpace, index: int, layer: Layer, statistics: list[float]
         "variance": statistics[1],
         "entropy": statistics[2],
         "legal": legal,
+        "size_only": slow,
         "refused": refused,
     }
 
@@ -80,6 +86,10 @@ def show_inspection(facts: dict[str, Any], console: Console) -> None:
     for layer in facts["layers"]:
         for reason, choices in layer["refused"].items():
             console.print(f"[dim]{layer['name']}: not {_summary(choices)}: {reason}[/dim]", highlight=False)
+    for layer in facts["layers"]:
+        if layer["size_only"]:
+            text = f"{layer['name']}: size only, no speed-up on {facts['target']}: {_summary(layer['size_only'])}"
+            console.print(f"[dim]{text}[/dim]", highlight=False)
     for note in facts["notes"]:
         console.print(f"note: {note}", highlight=False)
 

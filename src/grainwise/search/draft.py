@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grainwise.plan.choices import STRUCTURES, UNCOMPRESSED, Entry, Method, entry_of, numbers_of
-from grainwise.plan.cost import Cost, CostModel, Widths
+from grainwise.plan.cost import CostModel, Widths
+from grainwise.plan.prices import Cost
 from grainwise.plan.projection import BLOCK_STUDENTS, NARROWING
 from grainwise.plan.space import Mask, units_left
 
@@ -18,7 +19,7 @@ _Numbers = tuple[int, int]
 class Draft:
     """A legal profile, its exact cost, and the cost of every revision of one layer.
 
-    numbers: structure and precision number of each layer. total: `[2]` cost of the profile.
+    numbers: structure and precision number of each layer. total: `[3]` cost of the profile.
     A revision that makes a layer the student of its block takes the structures of the block's other layers away.
     """
 
@@ -31,18 +32,43 @@ class Draft:
         self._depends = [self._dependencies(layer.name) for layer in self.layers]
         self._widths: dict[str, int] = dict(cost.widths(entries))
         self.total: Cost = cost.total(entries)
-        self._changes: dict[int, NDArray[np.float64]] = {}
+        self._shared: Cost = cost.shared(self.numbers)
+        self._additive: dict[int, NDArray[np.float64]] = {}  # changes but for what is shared
+        self._full: dict[int, tuple[tuple[object, ...], NDArray[np.float64]]] = {}
 
     def entries(self) -> dict[str, Entry]:
         return {layer.name: entry_of(*found) for layer, found in zip(self.layers, self.numbers, strict=True)}
 
     def changes(self, index: int) -> NDArray[np.float64]:
-        """`[S, P, 2]` change of the total when layer `index` takes the entry instead; infinite where illegal."""
-        if index not in self._changes:
-            self._changes[index] = self._compute_changes(index)
-        return self._changes[index]
+        """`[S, P, 3]` change of the total when layer `index` takes the entry instead; infinite where illegal."""
+        if index not in self._additive:
+            self._additive[index] = self._compute_additive(index)
+        additive = self._additive[index]
+        if self.cost.prices.shared is None:
+            return additive
+        tables = self._shared_tables(index)
+        made_of = (additive, *tables.values(), self._shared)
+        before = self._full[index][0] if index in self._full else ()
+        if len(before) != len(made_of) or any(a is not b for a, b in zip(before, made_of, strict=True)):
+            table = additive + (tables[None] - self._shared)
+            for s, shared in tables.items():
+                if s is not None:
+                    table[s] = additive[s] + (shared[s] - self._shared)
+            self._full[index] = made_of, table
+        return self._full[index][1]
 
-    def _compute_changes(self, index: int) -> NDArray[np.float64]:
+    def _shared_tables(self, index: int) -> dict[int | None, NDArray[np.float64]]:
+        """`[S, P, 3]` shared costs; under None for the profile as it is, and for each structure that takes the
+        structures of other layers away.
+        """
+        tables: dict[int | None, NDArray[np.float64]] = {None: self.cost.shared_table(index, self.numbers)}
+        for s in BLOCK_STUDENTS:
+            if stripped := self.stripped(index, s):
+                numbers = [(0, p) if i in stripped else (found, p) for i, (found, p) in enumerate(self.numbers)]
+                tables[s] = self.cost.shared_table(index, numbers)
+        return tables
+
+    def _compute_additive(self, index: int) -> NDArray[np.float64]:
         legal = self._legal(index)
         rest, widths = self._rest(index, 0)
         table = rest + self.cost.table(index, widths)
@@ -80,7 +106,7 @@ class Draft:
         return widths
 
     def _rest(self, index: int, structure: int) -> tuple[Cost, Widths]:
-        """`[2]` cost of all but layer `index` once it takes `structure`, and the widths that follow."""
+        """`[3]` cost of all but layer `index` once it takes `structure`, and the widths that follow."""
         widths, stripped = self._revised_widths(index, structure), self.stripped(index, structure)
         touched = set(stripped)
         for name in widths.keys() | self._widths.keys():
@@ -106,6 +132,9 @@ class Draft:
             self.numbers[i] = 0, self.numbers[i][1]
         self.numbers[index] = structure, precision
         self._widths, self.total = widths, total
+        shared = self.cost.shared(self.numbers)
+        if (shared != self._shared).any():  # the same array while it says the same, see `changes`
+            self._shared = shared
 
     def _dependencies(self, name: str) -> set[int]:
         """Layers whose entry decides what a revision of layer `name` changes, or whether it is legal."""
@@ -125,4 +154,4 @@ class Draft:
         """
         for index, depends in enumerate(self._depends):
             if depends & touched or (narrowed and index in self._leaders):
-                self._changes.pop(index, None)
+                self._additive.pop(index, None)

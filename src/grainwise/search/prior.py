@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry, entry_of, numbers_of
-from grainwise.plan.cost import Cost
+from grainwise.plan.prices import COSTS, Cost
 from grainwise.plan.projection import BLOCK_STUDENTS, Projection, Walk
 from grainwise.search.draft import Draft
 from grainwise.study.sensitivity import Sensitivity
@@ -80,7 +80,7 @@ class Prior:
         """Coordinate bisection on the multipliers; each solution is the Lagrangian one by coordinate descent."""
         shared = self.projection
         draft = Draft(shared.cost, cheapest(shared))
-        multipliers = np.zeros(2)
+        multipliers = np.zeros(len(COSTS))
         tried: set[tuple[tuple[int, int], ...]] = set()
         unit = self.scores[np.isfinite(self.scores)].max()
         finite = np.flatnonzero(np.isfinite(shared.budget)).tolist()
@@ -101,7 +101,7 @@ class Prior:
         self.multipliers: Cost = np.maximum(multipliers, 0.0)
         solved = Draft(shared.cost, self._best[1])
         self._reference = solved
-        self._margins: Table = np.stack([solved.changes(index) for index in range(self._layers)])  # [L, S, P, 2]
+        self._margins: Table = np.stack([solved.changes(index) for index in range(self._layers)])  # [L, S, P, 3]
         self._first = max(self._best[0], 1e-9)
         self._scale = self._first / self._layers
 
@@ -156,14 +156,14 @@ class Prior:
         weights /= weights.sum(axis=(2, 3), keepdims=True)
         cost = np.einsum("flsp,lspk->flk", weights, margins)
         self._priced = priced
-        self._ahead = np.flip(np.cumsum(np.flip(cost, axis=1), axis=1), axis=1)  # [factors, L, 2]
+        self._ahead = np.flip(np.cumsum(np.flip(cost, axis=1), axis=1), axis=1)  # [factors, L, 3]
         self._left = self.projection.budget - self._reference.total
 
     def factor(self, walk: Walk) -> float:
         """Scale of the multipliers at the walk's step: above 1 when what was chosen so far spent more than planned."""
         if self.sensitivity is None:
             return 1.0
-        spent = np.zeros(2)
+        spent = np.zeros(len(COSTS))
         for index, entry in enumerate(walk.entries.values()):
             change = self._margins[index][numbers_of(entry)]
             spent += np.where(np.isfinite(change), change, 0.0)
@@ -240,13 +240,13 @@ _Upgrades = tuple[Table, Table, NDArray[np.intp]]
 
 
 def _upgrades(draft: Draft, scores: Table, index: int, weight: Cost) -> _Upgrades:
-    """Entries of a layer that lower the score, best first: score gained per cost `[U]`, cost `[U, 2]`, number `[U]`."""
+    """Entries of a layer that lower the score, best first: score gained per cost `[U]`, cost `[U, 3]`, number `[U]`."""
     gain = scores[index][draft.numbers[index]] - scores[index]
     for s in BLOCK_STUDENTS:
         gain[s] += stripped_score(draft, scores, index, s)
     changes = draft.changes(index)
     numbers = np.flatnonzero((gain > 1e-12) & np.isfinite(changes[..., 0]))
-    costs = changes.reshape(-1, 2)[numbers]
+    costs = changes.reshape(-1, len(COSTS))[numbers]
     values = gain.ravel()[numbers] / np.maximum(costs @ weight, 1e-6)
     order = np.argsort(-values, kind="stable")
     return values[order], costs[order], numbers[order]

@@ -19,6 +19,7 @@ from grainwise.controller.network import Controller, Inputs, Memory, Rollout
 from grainwise.controller.policy_gradient import per_layer_credit, terminal_credit
 from grainwise.controller.trainer import Algorithm, PolicyTrainer, TrainerConfig
 from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry, numbers_of
+from grainwise.plan.prices import COSTS
 from grainwise.plan.projection import Projection, Walk
 from grainwise.search.beliefs import posterior
 from grainwise.search.prior import Prior
@@ -28,7 +29,7 @@ from grainwise.study.sensitivity import Sensitivity
 from grainwise.study.trial import Trial
 
 _S, _P = len(STRUCTURES), len(PRECISIONS)
-DYNAMICS = 3  # what is left of the two budgets, log of the multiplier's factor
+DYNAMICS = len(COSTS) + 1  # what is left of each budget, log of the multiplier's factor
 _ILLEGAL = 2.0  # summary of a choice that the layer cannot take
 
 

@@ -13,7 +13,8 @@ class Measurement:
     metric: the user's metric on the search split (accuracy lies in 0..1), higher is better.
     divergence: label-free distance of its outputs from the reference's on the search split, >= 0: Kullback-Leibler
         divergence in nats for logits. The reference has 0.
-    size_bytes: bytes of the packed weights file. macs: multiply-accumulates per sample.
+    size_bytes: bytes of the file that is deployed. macs: multiply-accumulates per sample. latency_ms: of one sample in
+        the deployment runtime, 0 where it is not asked for.
 
     Raises ValueError for a figure that is not finite.
     """
@@ -22,14 +23,17 @@ class Measurement:
     divergence: float
     size_bytes: int
     macs: int
+    latency_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.metric) and math.isfinite(self.divergence)):
-            raise ValueError(f"metric {self.metric} and divergence {self.divergence} must be finite")
+        if not all(map(math.isfinite, (self.metric, self.divergence, self.latency_ms))):
+            raise ValueError(
+                f"metric {self.metric}, divergence {self.divergence} and latency {self.latency_ms} must be finite"
+            )
 
     def cost(self, name: str) -> float:
-        """The figure that a constraint of this name bounds (`size` or `macs`)."""
-        return float({"size": self.size_bytes, "macs": self.macs}[name])
+        """The figure that a constraint of this name bounds (`size`, `macs` or `latency`)."""
+        return float({"size": self.size_bytes, "macs": self.macs, "latency": self.latency_ms}[name])
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)

@@ -1,0 +1,188 @@
+"""Milliseconds of any plan at batch 1, without building it: kernels measured once, conversions counted, a fitted line.
+
+A network's time is taken as slope * (kernels of its layers + conversions between them) + offset. Kernels come from
+ONNX Runtime's profiler, slope and offset from a few whole networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+
+from grainwise.evaluate.calibration import Calibration, fit
+from grainwise.evaluate.conversions import Circuit, Form, Kernel
+from grainwise.evaluate.grids import Grid, block_width
+from grainwise.evaluate.kernels import Key, KernelTimes
+from grainwise.evaluate.places import clips_of, places_of
+from grainwise.evaluate.profiling import Measured
+from grainwise.export.graph import MarkedGraph
+from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, UNCOMPRESSED, Choice, Entry
+from grainwise.plan.cost import CostModel
+from grainwise.plan.layers import Geometry, Layer
+from grainwise.plan.space import SearchSpace
+
+
+class LatencyTable:
+    """Predicts one network's milliseconds at batch 1.
+
+    shapes: of each layer's input without the batch (`places.input_shapes`). grids: where entries are measured
+    (`grids.grids`). parts: calibration of `layer_ms` and `boundary_ms`. whole: of `predict_ms`.
+    """
+
+    def __init__(  # noqa: PLR0913  (what a table is made of)
+        self,
+        marked: MarkedGraph,
+        shapes: Mapping[str, tuple[int, ...]],
+        grids: Mapping[str, Grid],
+        times: KernelTimes,
+        parts: Calibration = Calibration(),
+        whole: Calibration = Calibration(),
+    ) -> None:
+        self.marked, self.shapes, self.grids, self.times = marked, shapes, grids, times
+        self.parts, self.whole = parts, whole
+        self.places = places_of(marked, shapes)
+        self._skeleton = marked.skeleton
+        self._circuit = Circuit.of(marked.skeleton, clips_of(marked.model))
+        self._layers = {layer.name: layer for layer in marked.layers.layers}
+        self._block = block_width()
+        self._found: dict[tuple[str, int, int, Choice, Choice], Measured] = {}
+
+    @property
+    def offset_ms(self) -> float:
+        """Of every run, beside `layer_ms` and `boundary_ms`."""
+        return self.parts.offset_ms
+
+    def calibrated(self, cost: CostModel, runs: Sequence[tuple[Mapping[str, Entry], float]]) -> LatencyTable:
+        """The same table, all its milliseconds on the lines through these profiles and their measured milliseconds.
+
+        Raises ValueError for fewer than two.
+        """
+        plain = LatencyTable(self.marked, self.shapes, self.grids, self.times)
+        measured = [ms for _, ms in runs]
+        parts = fit([plain.sum_ms(entries, cost) for entries, _ in runs], measured)
+        whole = fit([plain.predict_ms(entries, cost) for entries, _ in runs], measured)
+        return LatencyTable(self.marked, self.shapes, self.grids, self.times, parts, whole)
+
+    # -- measuring
+
+    def prepare(self, space: SearchSpace) -> int:
+        """Measures, in one go, all that the table can be asked for in a search over `space`; the number of entries that
+        were not in the cache.
+        """
+        keys: dict[Key, None] = {}
+        seen = set()
+        for index, layer in enumerate(space.layers):
+            pairs = space.pairs(index)
+            alike = (layer.geometry, self.places.get(layer.name), self.grids[layer.name], pairs.tobytes())
+            if layer.name in self.places and alike not in seen:
+                seen.add(alike)
+                geometries = [layer.geometry, *self.grids[layer.name].geometries(layer.geometry)]
+                for s, p in np.argwhere(pairs).tolist():
+                    keys |= dict.fromkeys(self._key(layer, g, STRUCTURES[s], PRECISIONS[p]) for g in geometries)
+        return self.times.ensure(keys)
+
+    def _key(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> Key:
+        return Key.of(self.times.target, geometry, structure, precision, self.places[layer.name])
+
+    # -- a layer by itself
+
+    def layer_ms(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> float:
+        """Milliseconds of an entry's kernels at a (narrowed) geometry, and of what changes the form of its values where
+        the uncompressed layer needs no such change. 0 for a layer that does not run or shares another's weight.
+        """
+        if layer.name not in self.places:
+            return 0.0
+        found = self.measured(layer, geometry, structure, precision)
+        total = self.places[layer.name].calls * found.ms
+        if not self.times.target.static(geometry, structure, precision):
+            usual = self._usual_forms[layer.name]
+            if usual.reads_blocked and not found.reads_blocked:
+                total += self.times.line(Kernel.REORDER_OUTPUT).of(layer.positions_in * geometry.inputs)
+            if usual.writes_blocked and not found.writes_blocked:
+                total += self.times.line(Kernel.REORDER_INPUT).of(layer.positions_out * geometry.outputs)
+        return self.parts.slope * total
+
+    def measured(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> Measured:
+        """Kernels of an entry, interpolated between measured widths; forms are those of the nearest ones."""
+        place = layer.name, geometry.inputs, geometry.outputs, structure, precision
+        if place not in self._found:
+            self._found[place] = self._interpolated(layer, geometry, structure, precision)
+        return self._found[place]
+
+    def _interpolated(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> Measured:
+        key = self._key(layer, geometry, structure, precision)
+        if geometry == layer.geometry:
+            return self.times[key]
+        block = self._block if key.precision == NONE and geometry.kernel else 1
+        corners = self.grids[layer.name].corners(geometry.inputs, geometry.outputs, block=block)
+        parts = [
+            (self._key(layer, layer.geometry.resized(inputs=i, outputs=o), structure, precision), share)
+            for (i, o), share in corners.items()
+        ]
+        self.times.ensure(corner for corner, _ in parts)
+        nearest = self.times[max(parts, key=lambda part: part[1])[0]]
+        return replace(nearest, ms=sum(share * self.times[corner].ms for corner, share in parts))
+
+    @cached_property
+    def _usual_forms(self) -> dict[str, Form]:
+        """Of the uncompressed layers."""
+        layers = [self._layers[name] for name in self.places]
+        keys = {layer.name: self._key(layer, layer.geometry, NONE, NONE) for layer in layers}
+        self.times.ensure(keys.values())
+        return {name: _form(self.times[key]) for name, key in keys.items()}
+
+    # -- between layers
+
+    def boundary_ms(self, static: Collection[str]) -> float:
+        """Milliseconds of what runs between the layers when those of these names run in static 8 bits, all layers at
+        their full widths.
+        """
+        return self.parts.slope * self._between(frozenset(static), self._usual_forms, {})
+
+    def _between(self, static: frozenset[str], forms: Mapping[str, Form], widths: Mapping[str, float]) -> float:
+        """Milliseconds of all conversions. widths: share of the channels left at a point, 1 where it does not say."""
+        counts = self._circuit.conversions(static, self._skeleton.active(static), forms)
+        points = self._skeleton.points
+        return sum(
+            count * self.times.line(kernel).of(points[point].elements * widths.get(point, 1.0))
+            for (kernel, point), count in counts.items()
+        )
+
+    # -- a whole network
+
+    def sum_ms(self, entries: Mapping[str, Entry], cost: CostModel) -> float:
+        """What a search adds up for a profile: every `layer_ms`, `boundary_ms` and `offset_ms`."""
+        static, total = set(), self.offset_ms
+        for name, (geometry, entry) in self._entries(entries, cost).items():
+            total += self.layer_ms(self._layers[name], geometry, entry.structure, entry.precision)
+            if self.times.target.static(geometry, entry.structure, entry.precision):
+                static.add(name)
+        return total + self.boundary_ms(static)
+
+    def predict_ms(self, entries: Mapping[str, Entry], cost: CostModel) -> float:
+        """Milliseconds of a profile, forms and widths of all layers known: closer than `sum_ms`, which adds up parts that
+        know nothing of each other.
+        """
+        found = self._entries(entries, cost)
+        kernels = {
+            name: self.measured(self._layers[name], g, e.structure, e.precision) for name, (g, e) in found.items()
+        }
+        static = {name for name, (g, e) in found.items() if self.times.target.static(g, e.structure, e.precision)}
+        forms = {name: _form(times) for name, times in kernels.items()}
+        left = {name: g.outputs / self._layers[name].geometry.outputs for name, (g, _) in found.items()}
+        between = self._between(frozenset(static), forms, self._circuit.widths(left))
+        return self.whole.of(between + sum(self.places[name].calls * times.ms for name, times in kernels.items()))
+
+    def _entries(self, entries: Mapping[str, Entry], cost: CostModel) -> dict[str, tuple[Geometry, Entry]]:
+        """Geometry and entry of each layer that runs."""
+        widths = cost.widths(entries)
+        return {
+            name: (cost.narrowed(self._layers[name], widths), entries.get(name, UNCOMPRESSED)) for name in self.places
+        }
+
+
+def _form(times: Measured) -> Form:
+    return Form(times.reads_blocked, times.writes_blocked)

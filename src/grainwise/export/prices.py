@@ -1,0 +1,213 @@
+"""What the ONNX file charges: bytes of an entry's tensors, of the nodes that read them, and of the functions they call.
+
+Tensors are counted from the shapes that `methods` will build; nodes and functions are written once for each way of
+storing a layer, with blank contents, and weighed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import ceil, prod
+
+import numpy as np
+import torch
+from torch import nn
+
+from grainwise.export.functions import eight_bit, norm
+from grainwise.export.graph import MarkedGraph
+from grainwise.export.layers import GraphWriter
+from grainwise.methods.activations import EightBit
+from grainwise.methods.layers import scale_outputs
+from grainwise.methods.structure import blank
+from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, Choice, Granularity, Method
+from grainwise.plan.layers import Geometry, Layer
+from grainwise.plan.prices import Cost, Shared
+from grainwise.plan.shapes import Stage, scale_count, stages
+from grainwise.plan.space import SearchSpace, narrows
+from grainwise.plan.target import Realisation, Target
+from grainwise.realise.deploy import stages_of
+from grainwise.realise.norms import FrozenNorm
+
+_METADATA_BYTES = 250  # the profile's digest and the target's name
+_FRAME = 4  # bytes that hold the length of a node, tensor or function
+_MARGIN = 1.001  # lengths written in one byte more or less: a budget must hold to the byte
+
+LayerMs = Callable[[Layer, Geometry, Choice, Choice], float]
+BoundaryMs = Callable[[frozenset[str]], float]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Bytes of an entry's nodes and tensor heads, and the functions that they call with their bytes."""
+
+    overhead: int
+    functions: dict[str, int]
+
+
+@dataclass(frozen=True)
+class OnnxPrices:
+    """layer_time, boundary_time: milliseconds of an entry's kernels, and of what converts between the layers of these
+    names that run in static 8 bits and the others; None where latency is not asked for. offset_ms: of every run.
+    """
+
+    marked: MarkedGraph
+    space: SearchSpace
+    target: Target
+    layer_time: LayerMs | None = None
+    boundary_time: BoundaryMs | None = None
+    offset_ms: float = 0.0
+    _written: dict[tuple[object, ...], _Written] = field(default_factory=dict, repr=False)
+    _boundaries: dict[frozenset[int], Cost] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def fixed(self) -> Cost:
+        """The graph without markers and tensors, calls of norms that stay, and what is counted in no other type."""
+        size = _METADATA_BYTES + sum(
+            node.ByteSize() + _FRAME for node in self.marked.model.graph.node if node.domain != "grainwise"
+        )
+        size += sum(v.ByteSize() + _FRAME for v in (*self.marked.model.graph.input, *self.marked.model.graph.output))
+        size += sum(t.ByteSize() + _FRAME for t in self.marked.model.graph.initializer if t.data_type != 1)
+        size += sum(60 + 4 * len(name) for name in self.marked.free_norms())
+        return np.array([float(size), 0.0, self.offset_ms])
+
+    @cached_property
+    def shared(self) -> Shared:
+        """Functions are in the file once, whoever calls them."""
+        layers = self.space.layers
+        sizes: dict[str, int] = {}
+        pairs = [self.space.pairs(index) for index in range(len(layers))]
+        needs: dict[tuple[int, int, int], tuple[str, ...]] = {}
+        static = np.zeros((len(layers), len(STRUCTURES), len(PRECISIONS)), dtype=bool)
+        for index, layer in enumerate(layers):
+            for s, p in np.argwhere(pairs[index]).tolist():
+                structure, precision = STRUCTURES[s], PRECISIONS[p]
+                static[index, s, p] = self.target.static(layer.geometry, structure, precision) and self._plain(layer)
+                found = self._weigh(layer, structure, precision).functions
+                sizes |= found
+                needs[index, s, p] = tuple(found)
+        sizes |= {f.name: f.ByteSize() + _FRAME for f in (eight_bit(), norm())}
+        numbers = {name: k for k, name in enumerate(sizes)}
+        parts = np.zeros((*static.shape, len(sizes)), dtype=bool)
+        for place, names in needs.items():
+            parts[place][[numbers[name] for name in names]] = True
+        parts[static, numbers["EightBit"]] = True
+        return Shared(parts, np.array(list(sizes.values()), dtype=np.float64), static, self._boundary)
+
+    def _boundary(self, static: frozenset[int]) -> Cost:
+        """Bytes of the 8-bit values around static layers, and milliseconds of the conversions."""
+        if static not in self._boundaries:
+            names = frozenset(self.space.layers[index].name for index in static)
+            size = sum(self._point_bytes[point] for point in self.marked.skeleton.active(names))
+            spent = 0.0 if self.boundary_time is None else self.boundary_time(names)
+            self._boundaries[static] = np.array([size, 0.0, spent])
+        return self._boundaries[static]
+
+    def _plain(self, layer: Layer) -> bool:
+        return not layer.blocked and not layer.tied_to
+
+    def layer_bytes(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> float:
+        if not self._plain(layer):  # stays among the tensors beside the layers
+            return 0.0
+        data = self._tensor_bytes(layer, geometry, structure, precision)
+        return _MARGIN * (data + self._weigh(layer, structure, precision).overhead)
+
+    def layer_ms(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> float:
+        return 0.0 if self.layer_time is None else self.layer_time(layer, geometry, structure, precision)
+
+    def tensor_bytes(self, name: str, shape: tuple[int, ...]) -> float:
+        return 4 * prod(shape) + len(name) + 8 + 2 * len(shape) + _FRAME
+
+    @cached_property
+    def _point_bytes(self) -> dict[str, int]:
+        """Bytes of each 8-bit value's scale, zero point and call."""
+        sizes = {}
+        for name in self.marked.skeleton.points:
+            writer = GraphWriter()
+            writer.point(EightBit(), name, f"{name}.y", name)
+            sizes[name] = _weight(writer)
+        return sizes
+
+    def _weigh(self, layer: Layer, structure: Choice, precision: Choice) -> _Written:
+        if not self._plain(layer):
+            return _Written(0, {})
+        g = layer.geometry
+        normed = self.marked.skeleton.units[layer.name].norm is not None
+        key = (
+            g.kind,
+            g.stride,
+            g.padding,
+            g.groups > 1,
+            g.bias,
+            normed,
+            g.columns,
+            len(layer.name),
+            structure,
+            precision,
+        )
+        if key not in self._written:
+            self._written[key] = self._write(layer, structure, precision, normed=normed)
+        return self._written[key]
+
+    def _write(self, layer: Layer, structure: Choice, precision: Choice, *, normed: bool) -> _Written:
+        writer, geometry = GraphWriter(), layer.geometry
+        module = blank(geometry, NONE if narrows(structure) else structure, precision, self.target)
+        if normed and not _routed(structure):
+            scale_outputs(stages_of(module)[-1], torch.ones(geometry.outputs), torch.zeros(geometry.outputs))
+        writer.layer(module, "relu_12", layer.name, layer.name, geometry, "relu_12")
+        if normed and _routed(structure):
+            writer.norm(FrozenNorm(8), layer.name, f"{layer.name}.y", f"{layer.name}.y", 4)
+        return _Written(_weight(writer), {n: f.ByteSize() + _FRAME for n, f in writer.functions.items()})
+
+    def _tensor_bytes(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> int:
+        routed = _routed(structure)
+        normed = self.marked.skeleton.units[layer.name].norm is not None
+        found = stages(geometry, structure)
+        total = 0
+        for number, stage in enumerate(found):
+            how = self.target.realisation(stage, precision, routed=routed)
+            folded = normed and not routed and number == len(found) - 1
+            total += _stage_bytes(stage, how, precision, folded=folded)
+        if routed:
+            total += 2 * (found[1].geometry.outputs + geometry.outputs) + 8 * geometry.outputs * normed
+        return total
+
+
+def _routed(structure: Choice) -> bool:
+    return (structure.method, structure.granularity) == (Method.DISTILL, Granularity.CHANNEL)
+
+
+def _stage_bytes(stage: Stage, how: Realisation, precision: Choice, *, folded: bool) -> int:
+    """Bytes of a stage's tensors as the file keeps them. folded: a batch norm was folded in: a bias, a scale a row."""
+    g = stage.geometry
+    kept = g.weights if stage.kept is None else stage.kept
+    total = 4 * g.outputs if g.bias or folded else 0
+    if precision.method is Method.QUANTIZE:
+        assert precision.granularity is not None and precision.level is not None
+        sharing = precision.granularity
+        if folded and sharing is Granularity.LAYER:
+            sharing = Granularity.CHANNEL
+        total += ceil(kept * int(precision.level) / 8) + 2 * scale_count(g, sharing)
+    else:
+        total += 4 * kept
+    if how is Realisation.SPARSE:
+        return total + 2 * kept // stage.tile_rows
+    if stage.kept is not None:
+        total += ceil(g.weights // max(1, stage.tile_rows) / 8)
+    return total
+
+
+def _weight(writer: GraphWriter) -> int:
+    """Bytes of nodes and of tensors without their data."""
+    heads = [t.ByteSize() - len(t.raw_data) for t in writer.tensors.values()]
+    return int(sum(size + _FRAME for size in [*heads, *(node.ByteSize() for node in writer.nodes)]))
+
+
+def other_tensors(marked: MarkedGraph, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the float32 tensors of the file beside the layers, by the network's names."""
+    found = {t.name: tuple(t.dims) for t in marked.model.graph.initializer if t.data_type == 1}
+    for name in marked.free_norms():
+        channels = model.get_buffer(f"{name}.running_mean").shape
+        found |= {f"{name}.{part}": tuple(channels) for part in ("weight", "bias")}
+    return found

@@ -1,0 +1,158 @@
+"""Activations in 8 bits: with a range that was found beforehand, or with that of the values at hand."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SAMPLES = 32  # of a batch that an uncalibrated range is taken from
+KEPT = 1 << 18  # values that a calibrated range is chosen on
+SHARES = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the observed range that are tried
+
+
+def affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale float32 and zero point int32 such that codes 0 to 255 reach from low to high and zero has a code."""
+    low, high = low.clamp(max=0.0).float(), high.clamp(min=0.0).float()
+    scale = (high - low) / 255
+    scale = torch.where(scale > 0, scale, 1.0)
+    zero = (-low / scale).clamp(0, 255).round()
+    return scale, zero.to(torch.int32)
+
+
+def dynamic_eight_bit(x: Tensor) -> Tensor:
+    """`x` on the 8-bit grid of its own range over the whole tensor, as ONNX's DynamicQuantizeLinear sets it."""
+    scale, zero = affine(*x.aminmax())
+    return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
+
+
+class EightBit(nn.Module):
+    """A value kept in 8 bits: `(clip(round(x / scale) + zero, 0, 255) - zero) * scale`.
+
+    scale: float32 scalar, 0 until it is calibrated: then the first samples of each batch set the range, as batch norm
+    takes its statistics from the batch while a search ranks. zero: int32 scalar, 0 to 255.
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.zeros(()))
+        self.register_buffer("zero", torch.zeros((), dtype=torch.int32))
+        self._seen: list[Tensor] | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.scale > 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._seen is not None:
+            self._seen.append(_thinned(x))
+            return x
+        if not self.calibrated:
+            return torch.fake_quantize_per_tensor_affine(x, *affine(*x[:SAMPLES].aminmax()), 0, 255)
+        # Divided, as the kernel does: fake_quantize multiplies by 1 / scale, and one value in 10^5 rounds differently.
+        codes = (x / self.scale).round_().add_(self.zero).clamp_(0, 255)
+        return codes.sub_(self.zero).mul_(self.scale)
+
+    def observe(self) -> None:
+        """From now on values pass as they are, and a sample of them is kept for `settle`."""
+        self._seen = []
+
+    def settle(self) -> None:
+        """Choose the range of least squared rounding error on what was observed; the range is then calibrated.
+
+        Raises ValueError when nothing was observed.
+        """
+        if not self._seen:
+            raise ValueError("no value was seen at a point that is to be kept in 8 bits: is the layer ever run?")
+        values = torch.cat(self._seen)
+        values = values[:: max(1, len(values) // KEPT)]
+        self._seen = None
+        low, high = values.aminmax()
+        found = [affine(low * share, high * share) for share in SHARES]
+        errors = [
+            F.mse_loss(torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, 255), values)
+            for scale, zero in found
+        ]
+        scale, zero = found[int(torch.stack(errors).argmin())]
+        self.scale.copy_(scale)
+        self.zero.copy_(zero)
+
+
+def _thinned(x: Tensor) -> Tensor:
+    """At most `KEPT` values of a batch, extremes among them."""
+    flat = x.detach().flatten()
+    extremes = torch.stack(flat.aminmax())
+    return torch.cat([flat[:: max(1, len(flat) // KEPT)], extremes])
+
+
+class DynamicLinear(nn.Linear):
+    """A Linear whose input is rounded to 8 bits by the range of each call (`dynamic_eight_bit`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(dynamic_eight_bit(input), self.weight, self.bias)
+
+
+class _Static:
+    """What both kinds of `StaticConv` share: sums of integers rounded to codes, as the kernel does it.
+
+    x_scale, y_scale: float32 scalars, scales of the points that the input comes from and that the output goes to; 0
+    until they are calibrated, when the layer is an ordinary convolution of rounded values. From then on rounding ties
+    fall as in the kernel: in float arithmetic a few in a million would not, and a deep network multiplies them.
+    """
+
+    x_scale: Tensor
+    y_scale: Tensor
+
+    def integer_forward(self, x: Tensor) -> Tensor:
+        """Exact while the sums stay below 2^24."""
+        rows = self.packed.row_scale()  # type: ignore[attr-defined]
+        unit = self.x_scale * rows
+        steps = rows.reshape(-1, *(1,) * (x.dim() - 1))
+        levels = (self.weight / steps).round()  # type: ignore[attr-defined]
+        bias = None if self.bias is None else (self.bias / unit).round()  # type: ignore[attr-defined]
+        sums: Tensor = self._conv_forward((x / self.x_scale).round_(), levels, bias)  # type: ignore[attr-defined]
+        return sums.mul_((unit / self.y_scale).reshape(-1, *(1,) * (x.dim() - 2))).round_().mul_(self.y_scale)
+
+
+class StaticConv1d(_Static, nn.Conv1d):
+    """A Conv1d that runs in 8 bits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.integer_forward(input) if bool(self.x_scale > 0) else super().forward(input)
+
+
+class StaticConv2d(_Static, nn.Conv2d):
+    """A Conv2d that runs in 8 bits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.integer_forward(input) if bool(self.x_scale > 0) else super().forward(input)
+
+
+class EightBitSum(nn.Module):
+    """a + b of two values on 8-bit grids, rounded to the grid of the result as ONNX Runtime's QLinearAdd rounds it.
+
+    scales: float32 `[3]`, zeros: int32 `[3]`, of a, b and the result.
+    """
+
+    scales: Tensor
+    zeros: Tensor
+
+    def __init__(self, first: EightBit, second: EightBit, result: EightBit) -> None:
+        super().__init__()
+        points = (first, second, result)
+        self.register_buffer("scales", torch.stack([point.scale for point in points]))
+        self.register_buffer("zeros", torch.stack([point.zero for point in points]))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        ratios = self.scales[:2] / self.scales[2]
+        codes = [(x / scale).round_() + zero for x, scale, zero in zip((a, b), self.scales, self.zeros, strict=False)]
+        # Products of two float32 are exact in float64, so that each step rounds once, like the kernel's fma.
+        centre = (ratios[0].double() * self.zeros[0] + ratios[1] * self.zeros[1]).float()
+        offset = self.zeros[2] - centre
+        inner = (codes[1].double() * ratios[1] + offset).float()
+        total = (codes[0].double() * ratios[0] + inner).float().round_()
+        rounded: Tensor = (total - self.zeros[2]) * self.scales[2]
+        return rounded

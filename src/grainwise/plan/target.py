@@ -1,0 +1,127 @@
+"""What a deployment runtime makes of each entry: which kernel runs, with which numerics, and what only saves bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from grainwise.plan.choices import NONE, Choice, Granularity, Method
+from grainwise.plan.layers import Geometry, Kind
+from grainwise.plan.shapes import TALL_TILE, Stage, stages
+
+
+class Realisation(StrEnum):
+    """How one stage of a layer runs."""
+
+    FLOAT = "float"
+    """The plain float32 kernel."""
+    FOLDED = "unpacked at load"
+    """Stored packed, unpacked once when the network is loaded, then the plain float32 kernel: size only."""
+    STATIC = "static int8"
+    """8-bit kernel: activations in 8 bits with ranges found beforehand, weights of 8, 4 or 2 bits."""
+    DYNAMIC = "dynamic int8"
+    """8-bit kernel: activations take the range of each call, weights of 8, 4 or 2 bits."""
+    SPARSE = "gathered columns"
+    """Tall tiles that were pruned are left out: their columns are gathered and multiplied densely."""
+    GATHERED = "unpacked rows"
+    """Rows stay packed in memory; those that are looked up are unpacked: size only."""
+
+
+EIGHT_BIT = (Realisation.STATIC, Realisation.DYNAMIC)
+FAST = (*EIGHT_BIT, Realisation.SPARSE)
+
+WIDEST: dict[int, float] = {8: 127.0, 4: 7.0, 2: 1.5}
+"""Largest distance of a code from that of zero, by bits: symmetric, so one code of 8 and 4 bits is never used."""
+
+_EVERY = tuple(Granularity)
+_SHARED = (Granularity.LAYER, Granularity.CHANNEL)  # one scale serves a whole row, so sums of products stay integers
+
+
+def _table(*rows: tuple[Kind, Iterable[Granularity], Realisation]) -> dict[tuple[Kind, Granularity], Realisation]:
+    return {(kind, granularity): how for kind, grains, how in rows for granularity in grains}
+
+
+_ONNXRUNTIME = _table(
+    (Kind.CONV1D, _SHARED, Realisation.STATIC),
+    (Kind.CONV2D, _SHARED, Realisation.STATIC),
+    (Kind.LINEAR, _SHARED, Realisation.DYNAMIC),
+    (Kind.EMBEDDING, _EVERY, Realisation.GATHERED),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A deployment runtime on a kind of processor.
+
+    quantised: how a quantised stage of a kind at a granularity runs; what is not listed is unpacked at load.
+    reach: largest absolute code of an 8-bit weight in an 8-bit kernel. 127, or 63 on processors whose kernels add two
+        products in 16 bits, where 127 overflows.
+    runtime: the program that runs the file, or `torch` when there is no file but the packed weights.
+    """
+
+    name: str
+    runtime: str
+    quantised: Mapping[tuple[Kind, Granularity], Realisation]
+    reach: int = 127
+
+    def realisation(self, stage: Stage, precision: Choice, *, routed: bool = False) -> Realisation:
+        """How a stage at a precision runs. routed: it belongs to a ghost module, whose channels are gathered."""
+        g = stage.geometry
+        if precision.method is not Method.QUANTIZE:
+            if stage.kept is None:
+                return Realisation.FLOAT
+            tall = stage.tile_rows == TALL_TILE and 2 * stage.kept <= g.weights
+            return Realisation.SPARSE if tall and self.quantised else Realisation.FOLDED
+        assert precision.granularity is not None and precision.level is not None
+        how = self.quantised.get((g.kind, precision.granularity), Realisation.FOLDED)
+        whole_bytes = g.columns * int(precision.level) % 8 == 0  # a row of a table starts at a byte
+        if how is Realisation.GATHERED and (stage.kept is not None or not whole_bytes):
+            return Realisation.FOLDED
+        return Realisation.FOLDED if routed or (g.kind is Kind.LINEAR and g.groups > 1) else how
+
+    def largest_code(self, how: Realisation, bits: int) -> float:
+        """Largest code of a weight, counted from the code of zero."""
+        return min(WIDEST[bits], float(self.reach)) if how in EIGHT_BIT else WIDEST[bits]
+
+    def realisations(self, geometry: Geometry, structure: Choice, precision: Choice) -> tuple[Realisation, ...]:
+        """How each stage that an entry gives runs."""
+        routed = (structure.method, structure.granularity) == (Method.DISTILL, Granularity.CHANNEL)
+        return tuple(self.realisation(s, precision, routed=routed) for s in stages(geometry, structure))
+
+    def static(self, geometry: Geometry, structure: Choice, precision: Choice) -> bool:
+        """True when the layer reads and writes activations of 8 bits."""
+        return Realisation.STATIC in self.realisations(geometry, structure, precision)
+
+    def faster(self, geometry: Geometry, structure: Choice, precision: Choice) -> bool:
+        """False when the entry saves bytes alone: no kernel of this runtime computes less or in fewer bits for it."""
+        found = self.realisations(geometry, structure, precision)
+        if (structure, precision) == (NONE, NONE):
+            return False
+        zeros = structure.method is Method.PRUNE and structure.granularity is not Granularity.CHANNEL
+        return any(how in FAST for how in found) or not (structure == NONE or zeros)
+
+
+PACKED = Target("packed", "torch", {})
+"""PyTorch itself: weights are stored packed and unpacked at load; nothing but fewer multiplications makes it faster."""
+
+TARGETS: dict[str, Target] = {
+    "packed": PACKED,
+    "ort-cpu-avx2": Target("ort-cpu-avx2", "onnxruntime", _ONNXRUNTIME, reach=63),
+    "ort-cpu-vnni": Target("ort-cpu-vnni", "onnxruntime", _ONNXRUNTIME, reach=127),
+}
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def resolve_target(name: str | Target) -> Target:
+    """A target by name; `ort-cpu` is the one that fits this processor. Raises ValueError for an unknown name."""
+    if isinstance(name, Target):
+        return name
+    if name == "ort-cpu":
+        flags = _CPUINFO.read_text(encoding="utf-8").split() if _CPUINFO.exists() else []
+        name = "ort-cpu-vnni" if {"avx512_vnni", "avx_vnni"} & set(flags) else "ort-cpu-avx2"
+    if name not in TARGETS:
+        raise ValueError(f"no target is called {name!r}; give ort-cpu or one of {', '.join(TARGETS)}")
+    return TARGETS[name]
