@@ -8,7 +8,7 @@ from dataclasses import replace
 from grainwise.evaluate.deployed import first_sample
 from grainwise.evaluate.evaluator import Evaluator
 from grainwise.evaluate.kernels import KernelTimes
-from grainwise.evaluate.latency import LatencyTable, fit, grids, input_shapes
+from grainwise.evaluate.latency import LatencyTable, grids, input_shapes
 from grainwise.evaluate.timing import interleaved
 from grainwise.export.prices import OnnxPrices, other_tensors
 from grainwise.export.runtime import open_session
@@ -32,12 +32,11 @@ def with_latency(session: Session) -> Session:
     if evaluator.marked is None:
         raise ValueError(f"the target {reference.target.name} has no runtime to time: latency cannot be a constraint")
     shapes = input_shapes(reference.model, session.example, reference.forward, graph)
-    table = LatencyTable(graph, evaluator.marked.skeleton, shapes, grids(session.space), KernelTimes(reference.target))
+    table = LatencyTable(evaluator.marked, shapes, grids(session.space), KernelTimes(reference.target))
     table.prepare(session.space)
     networks = calibration_networks(session.space)
     measured = whole_ms(session, networks)
-    sums = [_additive_ms(table, session, entries) for entries in networks.values()]
-    table = table.calibrated(fit(sums, list(measured.values())))
+    table = table.calibrate(session.cost, [(networks[name], ms) for name, ms in measured.items()])
     prices = OnnxPrices(
         evaluator.marked,
         session.space,
@@ -80,17 +79,3 @@ def whole_ms(
         opened = open_session(file.SerializeToString())
         programs[name] = lambda opened=opened: opened.run(None, sample)
     return {name: timing.cpu_median_ms for name, timing in interleaved(programs, seconds=seconds).items()}
-
-
-def _additive_ms(table: LatencyTable, session: Session, entries: Mapping[str, Entry]) -> float:
-    """What the search will predict for a profile, before the line is fitted."""
-    cost = session.cost
-    widths = cost.widths(entries)
-    static, total = set(), 0.0
-    for layer in session.space.layers:
-        entry = entries.get(layer.name, Entry())
-        geometry = cost.narrowed(layer, widths)
-        total += table.layer_ms(layer, geometry, entry.structure, entry.precision)
-        if session.reference.target.static(geometry, entry.structure, entry.precision):
-            static.add(layer.name)
-    return total + table.boundary_ms(static)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from grainwise.plan.choices import entry_of
 from grainwise.plan.cost import CostModel
-from grainwise.plan.prices import COSTS
 from grainwise.plan.layers import Block, Coupling, Geometry, Kind, Layer, LayerGraph, Slot
+from grainwise.plan.prices import COSTS
 from grainwise.plan.projection import Projection, Unreachable, Walk
 from grainwise.plan.space import SearchSpace
 

@@ -23,14 +23,14 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def block_width() -> int:
-    """Channels that ONNX Runtime's float convolutions compute at once: those missing to a multiple cost time as well."""
+    """Channels that ONNX Runtime's float convolutions compute at once: those missing to a multiple cost time too."""
     flags = _CPUINFO.read_text(encoding="utf-8").split() if _CPUINFO.exists() else []
     return 16 if "avx512f" in flags else 8
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Measured widths, ascending. tied: outputs follow the inputs (depthwise layers), and so do the two rows of numbers.
+    """Measured widths, ascending. tied: outputs follow the inputs (depthwise layers), number for number.
 
     Raises ValueError for an empty side, or tied sides of different lengths.
     """

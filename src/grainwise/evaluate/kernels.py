@@ -49,8 +49,8 @@ class Key:
     """What decides the kernels of an entry; entries of equal keys share one measurement.
 
     shape: of the layer's input without the batch. structure, precision: as they run: what only saves bytes is left out,
-    and all bits of an 8-bit kernel are one. normed: a norm follows that cannot be folded. clip: the operator that follows
-    and is a part of the kernel, one of `places.CLIPS` or nothing.
+    and all bits of an 8-bit kernel are one. normed: a norm follows that cannot be folded. clip: the operator of
+    `places.CLIPS` that follows and is a part of the kernel, or nothing.
     """
 
     geometry: Geometry

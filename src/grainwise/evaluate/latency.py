@@ -15,7 +15,7 @@ import numpy as np
 from grainwise.evaluate.calibration import Calibration, fit
 from grainwise.evaluate.conversions import Circuit, Form, Kernel
 from grainwise.evaluate.grids import Grid, block_width
-from grainwise.evaluate.kernels import Key, KernelTimes
+from grainwise.evaluate.kernels import KernelTimes, Key
 from grainwise.evaluate.places import clips_of, places_of
 from grainwise.evaluate.profiling import Measured
 from grainwise.export.graph import MarkedGraph
@@ -32,7 +32,7 @@ class LatencyTable:
     (`grids.grids`). parts: calibration of `layer_ms` and `boundary_ms`. whole: of `predict_ms`.
     """
 
-    def __init__(  # noqa: PLR0913  (what a table is made of)
+    def __init__(
         self,
         marked: MarkedGraph,
         shapes: Mapping[str, tuple[int, ...]],

@@ -155,10 +155,17 @@ class _Builder:
         self._norms = {n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
         self._inputs = _input_names(inputs)
         self._program = program
+        self._layers = {name: layer for name, layer in self._layers.items() if self._runs(name) <= 1}
         self.graph = fx.Graph()
         self._stored: dict[fx.Node, str] = {}  # parameters and buffers by the user's name
         self._calls: dict[str, list[fx.Node]] = {}
         self._points: dict[str, tuple[fx.Node, str | None]] = {}  # with the layer or sum that makes the value
+
+    def _runs(self, layer: str) -> int:
+        """How often an operation reads the layer's weight; one that runs twice stays as it is."""
+        signature = self._program.graph_signature
+        names = {p for p, name in signature.inputs_to_parameters.items() if name == f"{PREFIX}{layer}.weight"}
+        return sum(len(node.users) for node in self._program.graph.nodes if node.name in names)
 
     def build(self) -> Skeleton:
         self._copy()

@@ -122,7 +122,7 @@ def geometry_of(module: nn.Module) -> Geometry:
             raise ValueError(f"{type(module).__name__} is not a layer of this library")
 
 
-def _refresh(layer: nn.Module, _incompatible: object = None) -> None:
+def refresh(layer: nn.Module, _incompatible: object = None) -> None:
     """Unpacks the stored weight into the dense one, in place, so that its memory format stays."""
     assert isinstance(layer.packed, PackedWeight) and isinstance(layer.weight, Tensor)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def empty_stage(stage: Stage, precision: Choice = NONE, realisation: Realisation
         layer.register_buffer("x_scale", torch.zeros(()))
         layer.register_buffer("y_scale", torch.zeros(()))
     layer.realisation = how  # type: ignore[assignment]  # nn.Module types every attribute as a tensor or module
-    layer.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
+    layer.register_load_state_dict_post_hook(refresh)  # type: ignore[no-untyped-call]
     return layer
 
 
@@ -176,7 +176,7 @@ def filled_stage(
             layer.bias.copy_(bias)  # type: ignore[operator]
         if isinstance(packed := getattr(layer, "packed", None), PackedWeight):
             packed.store(values, scale, support)
-            _refresh(layer)
+            refresh(layer)
         else:
             assert isinstance(layer.weight, nn.Parameter)
             layer.weight.copy_(values.reshape(layer.weight.shape))
@@ -199,4 +199,4 @@ def scale_outputs(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
         layer.weight.mul_(scale.reshape(-1, *(1,) * (layer.weight.dim() - 1)))
         return
     layer.packed = packed.scaled_rows(scale)
-    _refresh(layer)
+    refresh(layer)

@@ -11,7 +11,7 @@ from torch import nn
 from grainwise.graph.forward import Forward
 from grainwise.graph.skeleton import JOINS, POINTS, Skeleton
 from grainwise.methods.activations import EightBit, EightBitSum, StaticConv1d, StaticConv2d
-from grainwise.methods.layers import Ghost, realisation_of, scale_outputs
+from grainwise.methods.layers import Ghost, realisation_of, refresh, scale_outputs
 from grainwise.methods.storage import PackedWeight
 from grainwise.plan.target import Realisation
 from grainwise.realise.norms import FrozenNorm, freeze_norms, reestimate_norms
@@ -113,5 +113,6 @@ def _fix_grid(source: EightBit, stage: StaticConv1d | StaticConv2d, result: Eigh
     # A channel whose weights all but vanish would need sums beyond int32: its scale is raised, the weights with it.
     least = stage.bias.abs() / (LARGEST_BIAS * source.scale)
     packed.scale.copy_(torch.maximum(packed.scale, (least if len(packed.scale) > 1 else least.max()).half()))
+    refresh(stage)
     unit = source.scale * packed.row_scale()
     stage.bias.copy_((stage.bias / unit).round() * unit)
