@@ -95,13 +95,13 @@ def figures(session: Session, trials: tuple[Trial, ...]) -> dict[str, Any]:
         "evaluation_seconds": sum(t.seconds for t in trials),
     }
     if leader is not None and leader.measurement is not None:
-        model, finished = session.evaluator.finish(leader.entries)
+        candidate = session.evaluator.finish(leader.entries)
         found |= {
             "best_trial": leader.number,
             "best_divergence": leader.measurement.divergence,
-            "size_bytes": finished.size_bytes,
-            "macs": finished.macs,
-            "test_accuracy": session.evaluator.test(model),
+            "size_bytes": candidate.measurement.size_bytes,
+            "macs": candidate.measurement.macs,
+            "test_accuracy": session.evaluator.test(candidate.model, session.evaluator.forward),
         }
     return found
 
@@ -114,7 +114,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     data = cifar10.splits()
-    session = Session.prepare(resnet20.pretrained(), replace(data, search=list(data.search)[:1]))  # 128 pictures
+    few = replace(data, search=list(data.search)[:1])  # 128 pictures
+    session = Session.prepare(resnet20.pretrained(), few, target="packed")
     Path("out").mkdir(exist_ok=True)
     store = Store("sqlite:///out/bench-controller.db")
     sensitivity = kept_sensitivity(session, store)
@@ -142,7 +143,7 @@ def main() -> None:
         "evaluations": arguments.evaluations,
         "search_pictures": len(session.splits.search[0].inputs),
         "sensitivity_evaluations": int(session.space.structures[:, 1:].sum() + session.space.precisions[:, 1:].sum()),
-        "reference_test_accuracy": session.evaluator.test(session.reference.model),
+        "reference_test_accuracy": session.evaluator.test(session.reference.model, session.evaluator.forward),
         "rows": rows,
     }
     RESULTS.write_text(json.dumps(body, indent=2) + "\n")

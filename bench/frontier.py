@@ -38,7 +38,7 @@ EVALUATIONS = 200
 
 def main() -> None:
     torch.set_num_threads(1)
-    session = Session.prepare(resnet20.pretrained(), cifar10.splits())
+    session = Session.prepare(resnet20.pretrained(), cifar10.splits(), target="packed")
     Path("out").mkdir(exist_ok=True)
     store = Store("sqlite:///out/bench-frontier.db")
     sensitivity = kept_sensitivity(session, store)

@@ -106,7 +106,7 @@ def _weights(block: nn.Module) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
-    session = Session.prepare(resnet20.pretrained(), cifar10.splits())
+    session = Session.prepare(resnet20.pretrained(), cifar10.splits(), target="packed")
     rows = [row for name in LAYERS for row in layer_rows(session, session.reference, name)]
     rows += [row for leader, block in BLOCKS.items() for row in block_rows(session, leader, block)]
     RESULTS.parent.mkdir(exist_ok=True)

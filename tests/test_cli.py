@@ -112,7 +112,7 @@ def _trials_in(database: Path) -> int:
 def test_ctrl_c_keeps_the_trials_and_says_how_to_go_on(tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path / 's.db'}"
     arguments = ["search", *NETWORK, "--size", "0.3", "--budget", "100000", "--store", store, "--study", "s"]
-    arguments += ["--target", "packed"]
+    arguments += ["--target", "packed", "--threads", "1"]
     command = [sys.executable, "-c", "from grainwise.cli import main; main()", *arguments]
     root = Path(__file__).parents[1]
     process = subprocess.Popen(

@@ -24,6 +24,8 @@ from grainwise.plan.cost import CostModel
 from grainwise.plan.layers import Geometry, Layer
 from grainwise.plan.space import SearchSpace
 
+UNCALIBRATED = Calibration()
+
 
 class LatencyTable:
     """Predicts one network's milliseconds at batch 1.
@@ -38,8 +40,8 @@ class LatencyTable:
         shapes: Mapping[str, tuple[int, ...]],
         grids: Mapping[str, Grid],
         times: KernelTimes,
-        parts: Calibration = Calibration(),
-        whole: Calibration = Calibration(),
+        parts: Calibration = UNCALIBRATED,
+        whole: Calibration = UNCALIBRATED,
     ) -> None:
         self.marked, self.shapes, self.grids, self.times = marked, shapes, grids, times
         self.parts, self.whole = parts, whole
@@ -163,8 +165,8 @@ class LatencyTable:
         return total + self.boundary_ms(static)
 
     def predict_ms(self, entries: Mapping[str, Entry], cost: CostModel) -> float:
-        """Milliseconds of a profile, forms and widths of all layers known: closer than `sum_ms`, which adds up parts that
-        know nothing of each other.
+        """Milliseconds of a profile, forms and widths of all layers known: closer than `sum_ms`, which adds up parts
+        that know nothing of each other.
         """
         found = self._entries(entries, cost)
         kernels = {

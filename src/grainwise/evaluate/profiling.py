@@ -70,8 +70,8 @@ class Node:
 class Measured:
     """Kernels of one branch.
 
-    ms: their time, without the conversions at both ends. kernels: how many they are. reads_blocked, writes_blocked: input
-    and output are float32 in blocks of channels, ONNX Runtime's own layout for convolutions.
+    ms: their time, without the conversions at both ends. kernels: how many they are. reads_blocked, writes_blocked:
+    input and output are float32 in blocks of channels, ONNX Runtime's own layout for convolutions.
     """
 
     ms: float
@@ -93,7 +93,7 @@ class BranchWriter:
         self._generator = np.random.default_rng(0)
 
     def input(self, shape: Sequence[int], *, kind: Kind = Kind.CONV2D, own: str = "") -> str:
-        """Name of an input of batch 1, one for each shape; a token input for an Embedding. own: not shared with others."""
+        """Name of an input of batch 1, one for each shape; tokens for an Embedding. own: not shared with others."""
         tokens = kind is Kind.EMBEDDING
         name = "_".join(["tokens" if tokens else "x", *map(str, shape), *([own] if own else [])])
         if name not in self.feeds:
@@ -124,8 +124,8 @@ class BranchWriter:
         self.outputs.append(self.node("Slice", [value, *bounds], f"{value}.end"))
 
     def add(self, branch: Branch, *, whole: bool = False) -> str:
-        """Name of the branch's output. whole: its whole value becomes an output, so that conversions at its end run on all
-        of it.
+        """Name of the branch's output. whole: its whole value becomes an output, so that conversions at its end run on
+        all of it.
         """
         number = len(self.outputs)
         name, g = f"branch{number}", branch.geometry
@@ -183,8 +183,8 @@ def _filled(module: nn.Module) -> nn.Module:
 
 
 def profiler_cost(threads: int) -> float:
-    """Milliseconds that the profiler adds to each kernel: the difference for a chain of kernels with next to no work, the
-    least of some attempts on either side.
+    """Milliseconds that the profiler adds to each kernel: the difference for a chain of kernels with next to no work,
+    the least of some attempts on either side.
     """
     writer = BranchWriter()
     value = writer.input((16,))
@@ -213,7 +213,7 @@ _BYTES = ("QuantizeLinear", "Transpose", "QLinearConv", "QLinearAdd")
 
 
 def _profiled(content: bytes, feeds: Feeds, threads: int) -> tuple[list[NodeProto], NDArray[np.float64], list[int]]:
-    """Nodes of the graph that really runs, their milliseconds with what the profiler adds, and bytes that they write."""
+    """Nodes of the graph that really runs, their milliseconds with what the profiler adds, and bytes they write."""
     runtime = importlib.import_module("onnxruntime")
     with tempfile.TemporaryDirectory(prefix="grainwise-") as directory:
         options = runtime.SessionOptions()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
 from collections.abc import Mapping
@@ -75,6 +76,7 @@ class MarkedGraph:
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
+                logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports packages that nobody needs
                 program = torch.onnx.export(
                     marked,
                     tensors,
