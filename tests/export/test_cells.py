@@ -57,7 +57,7 @@ class Residual(nn.Module):
             nn.Conv2d(36, 16, 1, bias=False),
             nn.BatchNorm2d(16),
         )
-        self.last = nn.Conv2d(16, 24, 3, 2, padding=1)
+        self.last = nn.Conv2d(16, 24, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.relu(x + self.block(x)))
@@ -150,11 +150,11 @@ class Network:
         return {name: geometry_of(module) for name, module in self.make().named_modules() if isinstance(module, kinds)}
 
 
-_FEW = (NONE, *(Choice(Method.PRUNE, g, 0.5) for g in (Granularity.LAYER, Granularity.BLOCK)))
+_FEW = (NONE, Choice(Method.PRUNE, Granularity.LAYER, 0.5))
 _BLOCK = (Block("block", "block.0", ("block.0", "block.3")),)
 
 NETWORKS = {
-    "conv2d": Network(lambda: nn.Sequential(nn.Conv2d(15, 20, 3, padding=1)), (15, 8, 8)),
+    "conv2d": Network(lambda: nn.Sequential(nn.Conv2d(9, 20, 3, padding=1)), (9, 8, 8)),
     "conv1d": Network(lambda: nn.Sequential(nn.Conv1d(13, 20, 5, 2, padding=2)), (13, 20)),
     "depthwise": Network(lambda: nn.Sequential(nn.Conv2d(20, 20, 5, padding=2, groups=20, bias=False)), (20, 8, 8)),
     "linear": Network(lambda: nn.Sequential(nn.Linear(39, 44)), (39,)),

@@ -65,6 +65,7 @@ def test_a_layer_that_runs_twice_is_left_alone(padded: tuple[nn.Module, Skeleton
     graph = trace(model, torch.randn(2, 3, 8, 8))
     assert "twice" in {layer.name for layer in graph.layers}
     assert "twice" not in skeleton.units
+    assert skeleton.missing == {"twice": "it runs more than once"}
 
 
 @pytest.mark.parametrize("size", [1, 5])

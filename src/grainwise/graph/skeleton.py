@@ -151,11 +151,12 @@ class _Builder:
 
     def __init__(self, model: nn.Module, graph: LayerGraph, program: torch.export.ExportedProgram, inputs: Any) -> None:
         self._root = copy.deepcopy(model)
-        self._layers = {la.name: la for la in graph.layers if not la.blocked and not la.tied_to}
+        layers = [layer for layer in graph.layers if not layer.blocked and not layer.tied_to]
         self._norms = {n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
         self._inputs = _input_names(inputs)
         self._program = program
-        self._layers = {name: layer for name, layer in self._layers.items() if self._runs(name) <= 1}
+        self._repeated = [layer.name for layer in layers if self._runs(layer.name) > 1]
+        self._layers = {layer.name: layer for layer in layers if layer.name not in self._repeated}
         self.graph = fx.Graph()
         self._stored: dict[fx.Node, str] = {}  # parameters and buffers by the user's name
         self._calls: dict[str, list[fx.Node]] = {}
@@ -177,9 +178,9 @@ class _Builder:
         compiled.recompile()
         module = SkeletonModule(compiled).eval().requires_grad_(False)
         points = self._describe(units, joins)
-        missing = {
-            n: "the exported graph does not show it as one plain operation" for n in self._layers if n not in units
-        }
+        unseen = "the exported graph does not show it as one plain operation"
+        missing = {name: unseen for name in self._layers if name not in units}
+        missing |= {name: "it runs more than once" for name in self._repeated}
         return Skeleton(module, units, joins, points, self._inputs, missing)
 
     # -- copying the graph
@@ -257,8 +258,6 @@ class _Builder:
         return units, tuple(joins)
 
     def _unit(self, name: str, call: fx.Node) -> Unit:
-        if len(self._calls[name]) > 1:  # two runs would have to agree on one range and one norm
-            return Unit(name)
         norm = self._following_norm(call)
         path = None if norm is None else str(norm.target)
         if self._layers[name].geometry.kind not in (Kind.CONV1D, Kind.CONV2D):
