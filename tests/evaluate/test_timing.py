@@ -6,7 +6,9 @@ import pytest
 
 from grainwise.evaluate.calibration import Calibration, fit
 from grainwise.evaluate.timing import (
+    Machine,
     Timing,
+    device_name,
     interleaved,
     mean_percentage_error,
     noise,
@@ -18,7 +20,7 @@ from grainwise.evaluate.timing import (
 def test_programs_are_called_in_turn() -> None:
     calls: list[str] = []
     found = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
-    assert calls[-6:] == ["a", "b"] * 3
+    assert calls[-12:] == ["a", "a", "b", "b"] * 3  # the first call of a turn warms up
     assert found["a"].runs == found["b"].runs == 3
     with pytest.raises(ValueError, match="rounds"):
         interleaved({}, rounds=1, seconds=1.0)
@@ -35,9 +37,25 @@ def test_ratios_pair_the_rounds() -> None:
         ratio(a, Timing((1.0,), (1.0,)))
 
 
+def test_time_can_be_the_limit() -> None:
+    found = interleaved({"a": lambda: None}, seconds=0.01)
+    assert found["a"].runs >= 1
+    assert set(found["a"].to_json()) == {"p50_ms", "p95_ms", "cpu_ms", "cpu_median_ms", "runs"}
+    with pytest.raises(ValueError, match="no timing"):
+        Timing((), ())
+
+
+def test_the_machine_is_named() -> None:
+    machine = Machine(device_name(), 1, "onnxruntime", "1.0")
+    assert machine.device
+    assert machine.to_json() == {"device": machine.device, "threads": 1, "runtime": "onnxruntime", "version": "1.0"}
+
+
 def test_errors_and_ranks_by_hand() -> None:
     assert mean_percentage_error([1.1, 1.8], [1.0, 2.0]) == pytest.approx(10.0)
     assert rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 15.0]) == pytest.approx(0.5)
+    assert rank_correlation([1.0, 1.0, 2.0], [1.0, 1.0, 5.0]) == pytest.approx(1.0)  # equal values share a rank
+    assert rank_correlation([1.0, 1.0], [1.0, 2.0]) == 0.0
 
 
 def test_the_line_is_found_again() -> None:

@@ -158,29 +158,53 @@ class _Count:
             self.found[Kernel.QUANTISED_ADD, join.result] += 1
         elif not self._sum_blocked(join):
             self.found[Kernel.ADD, join.result] += 1
-            if join.result in self.circuit.clipped:
+            if join.result in self.circuit.clipped and join.result not in self.active:  # else quantising clips
                 self.found[Kernel.RELU, join.result] += 1
+
+    def _made_last(self, point: Point) -> bool:
+        """True for an 8-bit value whose kernel writes channels last: that of a convolution, or a sum of such values."""
+        if point.maker is None or not self._eight_bit(point.maker):
+            return False
+        join = self.joins.get(point.maker)
+        return join is None or self._sum_last(join)
+
+    def _sum_last(self, join: Join) -> bool:
+        """An 8-bit sum has channels last when both its operands have; else they are put in plain order for it."""
+        return all(self._made_last(self.circuit.points[name]) for name in join.operands)
+
+    def _rounded_twice(self, name: str) -> bool:
+        """True for a float sum whose result is quantised: ONNX Runtime moves the transposition of an operand behind its
+        dequantisation, and then quantises and dequantises it once more.
+        """
+        join = self.joins.get(name)
+        return join is not None and not self._eight_bit(name) and join.result in self.active
 
     def _active(self, point: Point) -> None:
         made = point.maker is not None and self._eight_bit(point.maker)
-        eight_bit = [name for name in point.readers if self._eight_bit(name)]
+        last = self._made_last(point)
         others = [name for name in point.readers if not self._eight_bit(name)]
+        twice = [name for name in others if self._rounded_twice(name)] if last else []
+        plain = point.floats or len(others) > len(twice)
+        sums = [self.joins[name] for name in point.readers if name in self.joins and self._eight_bit(name)]
+        if last:
+            transposed = plain + len(twice) + any(not self._sum_last(join) for join in sums)
+        else:
+            transposed = any(name in self.static for name in point.readers)
         if not made:
-            if point.name in self.blocked:
-                self.found[Kernel.REORDER_OUTPUT, point.name] += 1
-            self.found[Kernel.QUANTIZE, point.name] += 1
-            if eight_bit:
-                self.found[Kernel.TRANSPOSE, point.name] += 1
-        if others or point.floats:
-            if made:
-                self.found[Kernel.TRANSPOSE, point.name] += 1
-            self.found[Kernel.DEQUANTIZE, point.name] += 1
-            if any(map(self._reads_blocked, others)):
-                self.found[Kernel.REORDER_INPUT, point.name] += 1
+            self._add(Kernel.REORDER_OUTPUT, point, point.name in self.blocked)
+            self._add(Kernel.QUANTIZE, point)
+        self._add(Kernel.TRANSPOSE, point, int(transposed))
+        self._add(Kernel.QUANTIZE, point, len(twice))
+        self._add(Kernel.DEQUANTIZE, point, len(others) + point.floats + len(twice))
+        self._add(Kernel.REORDER_INPUT, point, any(map(self._reads_blocked, others)))
+
+    def _add(self, kernel: Kernel, point: Point, count: int = 1) -> None:
+        if count:
+            self.found[kernel, point.name] += int(count)
 
     def _float(self, point: Point) -> None:
         blocked = [self._reads_blocked(name) for name in point.readers]
-        if point.name in self.blocked and (point.floats or not all(blocked)):
-            self.found[Kernel.REORDER_OUTPUT, point.name] += 1
-        if point.name not in self.blocked and any(blocked):
-            self.found[Kernel.REORDER_INPUT, point.name] += 1
+        if point.name in self.blocked:
+            self._add(Kernel.REORDER_OUTPUT, point, point.floats or not all(blocked))
+        else:
+            self._add(Kernel.REORDER_INPUT, point, any(blocked))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from grainwise.plan.choices import STRUCTURES
+from grainwise.plan.choices import STRUCTURES, Method
 from grainwise.plan.cost import CostModel
 from grainwise.plan.layers import Geometry
 from grainwise.plan.space import SearchSpace, narrows, units_left
 
-MOST_WIDTHS = 3
-"""Widths on each side of a layer at which its entries are measured, unless told otherwise."""
+FEWEST_WIDTHS, MOST_WIDTHS = 3, 6
+MOST_ENTRIES = 6000
+"""Of one network that are measured before its first search, at 6 to 8 ms each."""
 
 _MOST_COUPLED = 2  # widths of each coupling, for layers that more than two couplings narrow
 
@@ -115,10 +116,31 @@ def _coupling_widths(space: SearchSpace, name: str) -> tuple[int, ...]:
     return tuple(sorted({coupling.width, *(units_left(coupling, choice) for choice in taken if narrows(choice))}))
 
 
-def grids(space: SearchSpace, most: int = MOST_WIDTHS) -> dict[str, Grid]:
-    """Where each layer's entries are measured, by name: at most `most` widths on each side."""
+def grids(space: SearchSpace, most: int | None = None) -> dict[str, Grid]:
+    """Where each layer's entries are measured, by name: at most `most` widths on each side. By default as many as
+    `MOST_ENTRIES` allow, but `FEWEST_WIDTHS`: interpolated entries are off by a tenth, since kernels are slower for
+    ranks that are no multiples of 4, and only some widths give such ranks.
+    """
+    left = reachable(space)
+    if most is not None:
+        return _grids(space, left, most)
+    options = (_grids(space, left, number) for number in range(MOST_WIDTHS, FEWEST_WIDTHS, -1))
+    return next((g for g in options if _entries(space, g) <= MOST_ENTRIES), _grids(space, left, FEWEST_WIDTHS))
+
+
+def _entries(space: SearchSpace, found: Mapping[str, Grid]) -> int:
+    """About how many entries are measured on these grids: structures that run differently, in float and in 8 bits."""
+    counts = {}
+    for index, layer in enumerate(space.layers):
+        taken = [STRUCTURES[s] for s in np.flatnonzero(space.structures[index]).tolist()]
+        own = sum(choice.method in (Method.FACTORIZE, Method.DISTILL) and not narrows(choice) for choice in taken)
+        counts[layer.geometry, found[layer.name]] = 2 * (1 + own) * len(list(found[layer.name].pairs()))
+    return sum(counts.values())
+
+
+def _grids(space: SearchSpace, left: Mapping[str, Iterable[tuple[int, int]]], most: int) -> dict[str, Grid]:
     found = {}
-    for name, pairs in reachable(space).items():
+    for name, pairs in left.items():
         geometry = space.graph.layer(name).geometry
         inputs = thinned((i for i, _ in pairs), most)
         if geometry.depthwise:

@@ -134,13 +134,17 @@ class KernelTimes:
         self.path = (folder or cache_folder()) / f"kernels-{digest}.json" if remember else None
         self._times: dict[str, Measured] = {}
         self._lines: dict[Kernel, Line] = {}
-        self._profiler_ms = self._anchors_ms = 0.0
+        self.profiler_ms = self._anchors_ms = 0.0
         self._read()
 
     def __getitem__(self, key: Key) -> Measured:
         if key.text not in self._times:
             self.ensure([key])
         return self._times[key.text]
+
+    def __len__(self) -> int:
+        """Entries that were measured."""
+        return len(self._times)
 
     def ensure(self, keys: Iterable[Key]) -> int:
         """Measures all keys that are missing, in as few files as possible; their number."""
@@ -172,7 +176,7 @@ class KernelTimes:
 
     def _own(self, ms: float, kernels: int = 1) -> float:
         """Time of some kernels without what the profiler adds."""
-        return max(ms - kernels * self._profiler_ms, kernels * _LEAST_MS)
+        return max(ms - kernels * self.profiler_ms, kernels * _LEAST_MS)
 
     def line(self, kernel: Kernel) -> Line:
         """Milliseconds of a kernel between layers by the numbers that it writes."""
@@ -187,7 +191,7 @@ class KernelTimes:
             _sample(writer, shape, f"sample{number}", self.target)
         ends = [writer.add(key.branch(self.target)) for key in _anchors(self.target)]
         threads, file = self.machine.threads, writer.file()
-        self._profiler_ms = profiler_cost(threads)
+        self.profiler_ms = profiler_cost(threads)
         runs = [profile(file, writer.feeds, threads=threads) for _ in range(_LINE_ATTEMPTS)]
         best = [min(nodes, key=lambda node: node.ms) for nodes in zip(*runs, strict=True)]
         self._anchors_ms = sum(measured(best, end, writer.feeds, convolved=True).ms for end in ends)
@@ -210,7 +214,7 @@ class KernelTimes:
             return
         if lines.keys() == set(Kernel):
             self._times, self._lines = times, lines
-            self._profiler_ms, self._anchors_ms = facts
+            self.profiler_ms, self._anchors_ms = facts
 
     def _write(self) -> None:
         if self.path is None:
@@ -218,7 +222,7 @@ class KernelTimes:
         stored = {
             "target": self.target.name,
             "machine": self.machine.to_json(),
-            "profiler_ms": self._profiler_ms,
+            "profiler_ms": self.profiler_ms,
             "anchors_ms": self._anchors_ms,
             "lines": {kernel: (line.base_ms, line.element_ms) for kernel, line in self._lines.items()},
             "times": {text: (m.ms, m.kernels, m.reads_blocked, m.writes_blocked) for text, m in self._times.items()},

@@ -6,6 +6,7 @@ ONNX Runtime's profiler, slope and offset from a few whole networks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -98,7 +99,7 @@ class LatencyTable:
         if layer.name not in self.places:
             return 0.0
         found = self.measured(layer, geometry, structure, precision)
-        total = self.places[layer.name].calls * found.ms
+        total = found.ms
         if not self.times.target.static(geometry, structure, precision):
             usual = self._usual_forms[layer.name]
             if usual.reads_blocked and not found.reads_blocked:
@@ -144,6 +145,14 @@ class LatencyTable:
         """
         return self.parts.slope * self._between(frozenset(static), self._usual_forms, {})
 
+    def conversions(self, static: Collection[str]) -> Counter[Kernel]:
+        """How often each kernel runs between the layers when those of these names run in static 8 bits."""
+        found: Counter[Kernel] = Counter()
+        counts = self._circuit.conversions(static, self._skeleton.active(static), self._usual_forms)
+        for (kernel, _), count in counts.items():
+            found[kernel] += count
+        return found
+
     def _between(self, static: frozenset[str], forms: Mapping[str, Form], widths: Mapping[str, float]) -> float:
         """Milliseconds of all conversions. widths: share of the channels left at a point, 1 where it does not say."""
         counts = self._circuit.conversions(static, self._skeleton.active(static), forms)
@@ -176,7 +185,7 @@ class LatencyTable:
         forms = {name: _form(times) for name, times in kernels.items()}
         left = {name: g.outputs / self._layers[name].geometry.outputs for name, (g, _) in found.items()}
         between = self._between(frozenset(static), forms, self._circuit.widths(left))
-        return self.whole.of(between + sum(self.places[name].calls * times.ms for name, times in kernels.items()))
+        return self.whole.of(between + sum(times.ms for times in kernels.values()))
 
     def _entries(self, entries: Mapping[str, Entry], cost: CostModel) -> dict[str, tuple[Geometry, Entry]]:
         """Geometry and entry of each layer that runs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +23,13 @@ CLIPS = ("Relu", "Clip")
 class Place:
     """shape: of the layer's input without the batch, at full width. normed: a batch norm follows. clip: the operator of
     CLIPS that follows then, or nothing. padded: zeros that are a part of the input on both sides of each spatial
-    dimension, which ONNX Runtime lets the convolution add; empty for none. calls: how often the layer runs in a pass.
+    dimension, which ONNX Runtime lets the convolution add; empty for none.
     """
 
     shape: tuple[int, ...]
     normed: bool = False
     clip: str = ""
     padded: tuple[int, ...] = ()
-    calls: int = 1
 
 
 def input_shapes(model: nn.Module, inputs: Any, forward: Forward, graph: LayerGraph) -> dict[str, tuple[int, ...]]:
@@ -61,15 +59,8 @@ def input_shapes(model: nn.Module, inputs: Any, forward: Forward, graph: LayerGr
 def places_of(marked: MarkedGraph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """The place of each layer that can be compressed, by name. shapes: of the layers' inputs (`input_shapes`)."""
     clips, padding = clips_of(marked.model), padding_of(marked.model)
-    calls = Counter(_name(node) for node in _markers(marked.model, LAYER))
     return {
-        name: Place(
-            shapes[name],
-            unit.norm is not None,
-            clips.get(unit.result or "", ""),
-            padding.get(name, ()),
-            max(1, calls[name]),
-        )
+        name: Place(shapes[name], unit.norm is not None, clips.get(unit.result or "", ""), padding.get(name, ()))
         for name, unit in marked.skeleton.units.items()
         if name in shapes
     }

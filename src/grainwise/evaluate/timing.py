@@ -90,6 +90,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Calls the programs in turn (A B C A B C ...) after a warm-up, for a number of rounds or until the time is over.
 
+    Each turn is two calls, of which the second counts: it finds the processor's caches as the program itself leaves
+    them, not as the others do.
     Raises ValueError unless exactly one of `rounds` (at least 1) and `seconds` is given.
     """
     if (rounds is None) == (seconds is None) or (rounds is not None and rounds < 1):
@@ -101,6 +103,7 @@ def interleaved(
     end, done = time.perf_counter() + (seconds or 0.0), 0
     while done < (rounds or 1) or (seconds is not None and time.perf_counter() < end):
         for name, program in programs.items():
+            program()
             found[name].append(_timed(program))
         done += 1
     return {name: Timing(*zip(*calls, strict=True)) for name, calls in found.items()}
