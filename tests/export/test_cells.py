@@ -15,9 +15,11 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import Tensor, nn
 
@@ -51,10 +53,10 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.block = nn.Sequential(
-            nn.Conv2d(16, 36, 3, padding=1),
-            nn.BatchNorm2d(36),
+            nn.Conv2d(16, 24, 3, padding=1),
+            nn.BatchNorm2d(24),
             nn.ReLU(),
-            nn.Conv2d(36, 16, 1, bias=False),
+            nn.Conv2d(24, 16, 1, bias=False),
             nn.BatchNorm2d(16),
         )
         self.last = nn.Conv2d(16, 24, 1, 2)
@@ -106,6 +108,18 @@ class Reader(nn.Module):
         return self.out(torch.tanh(self.hidden(self.embed(tokens))))
 
 
+class Clipped(nn.Module):
+    """Activations that the kernel takes over, one written as a function, and one that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardtanh(3 * self.b(F.relu6(20 * self.a(x))))
+        return self.c(x).clamp(0.0, 0.7)
+
+
 class Perceptron(nn.Module):
     """Two layers over tokens, one over their mean."""
 
@@ -133,7 +147,7 @@ class Network:
 
     def inputs(self, count: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        if any(isinstance(m, nn.Embedding) for m in self.make().modules()):
+        if any(g.kind is Kind.EMBEDDING for g in self.geometries.values()):
             return torch.randint(0, 50, (count, *self.sample), generator=generator)
         return torch.randn(count, *self.sample, generator=generator)
 
@@ -150,7 +164,6 @@ class Network:
         return {name: geometry_of(module) for name, module in self.make().named_modules() if isinstance(module, kinds)}
 
 
-_FEW = (NONE, Choice(Method.PRUNE, Granularity.LAYER, 0.5))
 _BLOCK = (Block("block", "block.0", ("block.0", "block.3")),)
 
 NETWORKS = {
@@ -160,11 +173,12 @@ NETWORKS = {
     "linear": Network(lambda: nn.Sequential(nn.Linear(39, 44)), (39,)),
     "linear of tokens": Network(lambda: nn.Sequential(nn.Linear(39, 44)), (5, 39)),
     "embedding": Network(lambda: nn.Sequential(nn.Embedding(50, 36)), (6,)),
-    "long rows": Network(lambda: nn.Sequential(nn.Linear(1100, 12)), (1100,), structures=_FEW),
-    "long kernels": Network(lambda: nn.Sequential(nn.Conv2d(116, 12, 3)), (116, 4, 4), structures=_FEW),
+    "long rows": Network(lambda: nn.Sequential(nn.Linear(1100, 12)), (1100,), structures=(NONE,)),
+    "long kernels": Network(lambda: nn.Sequential(nn.Conv2d(116, 12, 3)), (116, 4, 4), structures=(NONE,)),
     "tall": Network(lambda: nn.Sequential(nn.Linear(24, 256)), (5, 24), structures=STRUCTURES[:9]),
-    "residual": Network(Residual, (16, 8, 8), {"block.0": 36}, _BLOCK),
+    "residual": Network(Residual, (16, 8, 8), {"block.0": 24}, _BLOCK),
     "signals": Network(Signals, (12, 16), {"first": 16}),
+    "clipped": Network(Clipped, (3, 8, 8), {"a": 8, "b": 8}, structures=(NONE,)),
     "separable": Network(Separable, (12, 8, 8), {"widen.0": 24}),
     "perceptron": Network(Perceptron, (5, 36), {"up": 40, "down": 24}),
     "reader": Network(Reader, (6,), {"embed": 42, "hidden": 24}),
@@ -179,6 +193,10 @@ class Prepared:
     graph: LayerGraph
     marked: MarkedGraph
     libraries: Mapping[str, VariantLibrary]
+
+    @cached_property
+    def cost(self) -> CostModel:
+        return CostModel(self.space, {})
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -283,12 +301,19 @@ def test_cell(cell: Cell) -> None:
     count(found, cell.target, cell.entries, file)
 
 
-def compare(found: Prepared, model: nn.Module, file: ModelProto) -> None:
+def outputs(
+    found: Prepared, model: nn.Module, file: ModelProto, *, fused: bool = True
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Of the file and of the module."""
     x = found.network.inputs(BATCH, 3)
     with torch.inference_mode():
         wanted = skeleton_forward(model, x).numpy()
     (name,) = found.marked.skeleton.inputs
-    given = run(open_session(file.SerializeToString()), {name: x})
+    return run(open_session(file.SerializeToString(), fused=fused), {name: x}), wanted
+
+
+def compare(found: Prepared, model: nn.Module, file: ModelProto) -> None:
+    given, wanted = outputs(found, model, file)
     assert given.shape == wanted.shape and given.dtype == wanted.dtype
     difference, largest = np.abs(given - wanted), float(np.abs(wanted).max())
     points = [m for m in model.modules() if isinstance(m, EightBit)]
@@ -316,7 +341,7 @@ KERNELS = {
 """What a kernel is counted as."""
 
 LAYOUT = {"Transpose", "ReorderInput", "ReorderOutput"}
-OWN = {"Relu", "Clip", "Tanh", "Gelu", "ReduceMean", "Add"}  # of the networks themselves; Add is a bias too
+OWN = {"Relu", "Clip", "Tanh", "Gelu", "ReduceMean", "Mul", "Add"}  # of the networks; Add is a bias too
 GROUPED = {"Shape", "Concat", "Reshape"}
 GHOST = {"Gather", "Concat", "Mul"}  # Mul of the norm that stays
 COLUMNS = {"Shape", "Concat", "Flatten", "Gather", "Reshape"}
@@ -356,7 +381,7 @@ def expected(found: Prepared, target: Target, entries: Mapping[str, Entry]) -> E
     """What the plan says of the graph that is run: each stage is the kernel of its realisation, and values change
     between float and 8 bits where the kernels on both sides differ, nowhere else.
     """
-    result, static, cost = Expected(), set(), CostModel(found.space, {})
+    result, static, cost = Expected(), set(), found.cost
     widths = cost.widths(entries)
     for layer in found.space.layers:
         entry = entries.get(layer.name, UNCOMPRESSED)
@@ -403,7 +428,7 @@ def test_the_cells_are_those_of_the_traced_network(name: str) -> None:
     for index in range(len(space.layers)):
         assert (space.pairs(index) == declared.pairs(index)).all()
     for cell in CELLS:
-        if cell.network == name:
+        if cell.network == name and cell.entry.precision in PRECISIONS[:2]:
             space.check(cell.entries)
     assert not prepared(name).marked.skeleton.missing
 
@@ -423,17 +448,34 @@ def test_every_realisation_and_every_choice_is_among_the_cells() -> None:
         assert {True, False} == set(alone)
 
 
-MIXED = [(name, seed) for name in ("residual", "signals", "separable", "perceptron", "reader") for seed in range(6)]
+MIXED = [(name, seed) for name in ("residual", "signals", "separable", "perceptron", "reader") for seed in range(4)]
 
 
 @pytest.mark.parametrize(("name", "seed"), MIXED)
 def test_layers_of_different_entries_meet(name: str, seed: int) -> None:
     """Random legal profiles, each of the layers with its own entry; the reach is that of any processor."""
     found, rng = prepared(name), np.random.default_rng(seed)
-    (entries,) = sample(Projection(CostModel(found.space, {}), {}), 1, uniform, rng)
+    (entries,) = sample(Projection(found.cost, {}), 1, uniform, rng)
     model, file = deployed(found, AVX2, entries)
     compare(found, model, file)
     count(found, AVX2, entries, file)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_file_says_what_the_kernels_do(name: str) -> None:
+    """Run node by node, as its text says, the file gives the same, but that sums in float32 round some values to the
+    next step. A kernel may overlook what the text says, for instance along which axis a scale lies.
+    """
+    found = prepared(name)
+    for cell in CELLS:
+        if (cell.network, cell.entry.structure, cell.target) == (name, NONE, VNNI):
+            model, file = deployed(found, AVX2 if cell.entry.precision.level == 8 else VNNI, cell.entries)
+            onnx.checker.check_model(file, full_check=True)
+            given, wanted = outputs(found, model, file, fused=False)
+            steps = [float(m.scale) for m in model.modules() if isinstance(m, EightBit)]
+            difference = np.abs(given - wanted)
+            assert difference.max() <= 1e-4 * np.abs(wanted).max() + 2 * max(steps, default=0.0), cell.entry
+            assert (difference > 1e-4 * np.abs(wanted).max()).mean() <= 0.05, cell.entry
 
 
 def test_batches_of_any_size_run() -> None:

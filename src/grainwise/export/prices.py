@@ -10,13 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil, prod
+from typing import Protocol
 
 import numpy as np
 import torch
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
 from torch import nn
 
-from grainwise.export.functions import eight_bit, norm
-from grainwise.export.graph import MarkedGraph
+from grainwise.export.functions import DOMAIN, IR_VERSION, eight_bit, norm
+from grainwise.export.graph import LAYER, NORM, POINT, MarkedGraph
 from grainwise.export.layers import GraphWriter
 from grainwise.methods.activations import EightBit
 from grainwise.methods.layers import scale_outputs
@@ -24,14 +26,13 @@ from grainwise.methods.structure import blank
 from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, Choice, Granularity, Method
 from grainwise.plan.layers import Geometry, Layer
 from grainwise.plan.prices import Cost, Shared
-from grainwise.plan.shapes import Stage, scale_count, stages
+from grainwise.plan.shapes import Stage, group_size, scale_count, stages
 from grainwise.plan.space import SearchSpace, narrows
 from grainwise.plan.target import Realisation, Target
 from grainwise.realise.deploy import stages_of
 from grainwise.realise.norms import FrozenNorm
 
-_METADATA_BYTES = 250  # the profile's digest and the target's name
-_FRAME = 4  # bytes that hold the length of a node, tensor or function
+_DIGEST = "0" * 64  # of the profile, as the file's metadata hold it
 _MARGIN = 1.001  # lengths written in one byte more or less: a budget must hold to the byte
 
 LayerMs = Callable[[Layer, Geometry, Choice, Choice], float]
@@ -64,13 +65,51 @@ class OnnxPrices:
     @cached_property
     def fixed(self) -> Cost:
         """The graph without markers and tensors, calls of norms that stay, and what is counted in no other type."""
-        size = _METADATA_BYTES + sum(
-            node.ByteSize() + _FRAME for node in self.marked.model.graph.node if node.domain != "grainwise"
-        )
-        size += sum(v.ByteSize() + _FRAME for v in (*self.marked.model.graph.input, *self.marked.model.graph.output))
-        size += sum(t.ByteSize() + _FRAME for t in self.marked.model.graph.initializer if t.data_type != 1)
-        size += sum(60 + 4 * len(name) for name in self.marked.free_norms())
+        graph = self.marked.model.graph
+        size = self._empty_file().ByteSize() + 3  # the length of the graph
+        size += sum(_framed(node) + self._renamed(node) for node in graph.node if node.domain != DOMAIN)
+        size += sum(_framed(value) for value in (*graph.input, *graph.output))
+        size += sum(_framed(tensor) for tensor in graph.initializer if tensor.data_type != TensorProto.FLOAT)
+        for name in self.marked.free_norms():
+            inputs = [self._markers[NORM, name][0], f"{name}.scale", f"{name}.shift"]
+            size += _framed(helper.make_node("Norm", inputs, [name], name=name, domain=DOMAIN))
+        if self.marked.free_norms():
+            size += _function_bytes(norm())
         return np.array([float(size), 0.0, self.offset_ms])
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The longest name by which each value may be read: without a norm or point, that of what it was made of."""
+        names: dict[str, str] = {}
+        for node in self.marked.model.graph.node:
+            for output in node.output:
+                names[output] = output
+            if node.domain == DOMAIN and node.op_type in (NORM, POINT):
+                names[node.output[0]] = max(node.output[0], names.get(node.input[0], node.input[0]), key=len)
+        return names
+
+    def _renamed(self, node: NodeProto) -> int:
+        """Bytes by which the names of a node's inputs may become longer."""
+        return sum(len(self._names.get(name, name)) - len(name) for name in node.input)
+
+    @cached_property
+    def _markers(self) -> dict[tuple[str, str], tuple[str, str]]:
+        """Longest name of what each marker reads, and the name of what it makes, by kind and name of the marker."""
+        return {
+            (node.op_type, _marked(node)): (self._names.get(node.input[0], node.input[0]), node.output[0])
+            for node in self.marked.model.graph.node
+            if node.domain == DOMAIN
+        }
+
+    def _empty_file(self) -> ModelProto:
+        file = helper.make_model(
+            helper.make_graph([], "grainwise", [], []),
+            opset_imports=[*self.marked.model.opset_import, helper.make_opsetid(DOMAIN, 1)],
+            ir_version=IR_VERSION,
+            producer_name="grainwise",
+        )
+        helper.set_model_props(file, {"grainwise.target": self.target.name, "grainwise.profile": _DIGEST})
+        return file
 
     @cached_property
     def shared(self) -> Shared:
@@ -87,12 +126,14 @@ class OnnxPrices:
                 found = self._weigh(layer, structure, precision).functions
                 sizes |= found
                 needs[index, s, p] = tuple(found)
-        sizes |= {f.name: f.ByteSize() + _FRAME for f in (eight_bit(), norm())}
+        sizes |= {f.name: _function_bytes(f) for f in (eight_bit(), norm())}
         numbers = {name: k for k, name in enumerate(sizes)}
         parts = np.zeros((*static.shape, len(sizes)), dtype=bool)
         for place, names in needs.items():
             parts[place][[numbers[name] for name in names]] = True
         parts[static, numbers["EightBit"]] = True
+        if self.marked.free_norms():
+            parts[..., numbers["Norm"]] = False  # paid for already
         return Shared(parts, np.array(list(sizes.values()), dtype=np.float64), static, self._boundary)
 
     def _boundary(self, static: frozenset[int]) -> Cost:
@@ -117,7 +158,8 @@ class OnnxPrices:
         return 0.0 if self.layer_time is None else self.layer_time(layer, geometry, structure, precision)
 
     def tensor_bytes(self, name: str, shape: tuple[int, ...]) -> float:
-        return 4 * prod(shape) + len(name) + 8 + 2 * len(shape) + _FRAME
+        data = 4 * prod(shape)
+        return data + _head_bytes(data) + len(name) + 5 + 3 * len(shape)
 
     @cached_property
     def _point_bytes(self) -> dict[str, int]:
@@ -125,40 +167,38 @@ class OnnxPrices:
         sizes = {}
         for name in self.marked.skeleton.points:
             writer = GraphWriter()
-            writer.point(EightBit(), name, f"{name}.y", name)
+            writer.point(EightBit(), *self._markers[POINT, name], name)
             sizes[name] = _weight(writer)
         return sizes
 
     def _weigh(self, layer: Layer, structure: Choice, precision: Choice) -> _Written:
         if not self._plain(layer):
             return _Written(0, {})
-        g = layer.geometry
-        normed = self.marked.skeleton.units[layer.name].norm is not None
-        key = (
-            g.kind,
-            g.stride,
-            g.padding,
-            g.groups > 1,
-            g.bias,
-            normed,
-            g.columns,
-            len(layer.name),
-            structure,
-            precision,
-        )
+        unit = self.marked.skeleton.units[layer.name]
+        names = (layer.name, *self._markers[LAYER, layer.name], unit.source, unit.norm)
+        lengths = (None if name is None else len(name) for name in names)
+        key = (*self._form(layer.geometry, structure, precision), *lengths, structure, precision)
         if key not in self._written:
-            self._written[key] = self._write(layer, structure, precision, normed=normed)
+            self._written[key] = self._write(layer, structure, precision)
         return self._written[key]
 
-    def _write(self, layer: Layer, structure: Choice, precision: Choice, *, normed: bool) -> _Written:
+    def _form(self, g: Geometry, structure: Choice, precision: Choice) -> tuple[object, ...]:
+        """What decides the nodes of an entry beside its choices: how its stages run, and attributes of the calls."""
+        found = stages(g, NONE if narrows(structure) else structure)
+        hows = (self.target.realisation(stage, precision, routed=_routed(structure)) for stage in found)
+        kinds = ((how, s.tile_rows, group_size(s.geometry.columns)) for how, s in zip(hows, found, strict=True))
+        return (g.kind, g.kernel, g.stride, g.padding, g.dilation, g.groups > 1, g.bias, g.columns, *kinds)
+
+    def _write(self, layer: Layer, structure: Choice, precision: Choice) -> _Written:
         writer, geometry = GraphWriter(), layer.geometry
+        unit, (x, y) = self.marked.skeleton.units[layer.name], self._markers[LAYER, layer.name]
         module = blank(geometry, NONE if narrows(structure) else structure, precision, self.target)
-        if normed and not _routed(structure):
+        if unit.norm is not None and not _routed(structure):
             scale_outputs(stages_of(module)[-1], torch.ones(geometry.outputs), torch.zeros(geometry.outputs))
-        writer.layer(module, "relu_12", layer.name, layer.name, geometry, "relu_12")
-        if normed and _routed(structure):
-            writer.norm(FrozenNorm(8), layer.name, f"{layer.name}.y", f"{layer.name}.y", 4)
-        return _Written(_weight(writer), {n: f.ByteSize() + _FRAME for n, f in writer.functions.items()})
+        writer.layer(module, x, y, layer.name, geometry, unit.source)
+        if unit.norm is not None and _routed(structure):
+            writer.norm(FrozenNorm(geometry.outputs), y, unit.norm, unit.norm, 4)
+        return _Written(_weight(writer), {name: _function_bytes(f) for name, f in writer.functions.items()})
 
     def _tensor_bytes(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> int:
         routed = _routed(structure)
@@ -172,6 +212,12 @@ class OnnxPrices:
         if routed:
             total += 2 * (found[1].geometry.outputs + geometry.outputs) + 8 * geometry.outputs * normed
         return total
+
+
+def _marked(node: NodeProto) -> str:
+    """Name of what a marker stands for."""
+    name: bytes = next(attribute.s for attribute in node.attribute if attribute.name == "name")
+    return name.decode()
 
 
 def _routed(structure: Choice) -> bool:
@@ -198,10 +244,35 @@ def _stage_bytes(stage: Stage, how: Realisation, precision: Choice, *, folded: b
     return total
 
 
+class _Message(Protocol):
+    def ByteSize(self) -> int: ...
+
+
+def _framed(message: _Message) -> int:
+    """Bytes of a message inside of another: a tag and its length stand before it."""
+    size = message.ByteSize()
+    return 1 + _length_bytes(size) + size
+
+
+def _function_bytes(function: FunctionProto) -> int:
+    return 1 + _framed(function)  # its tag is a number above 15, which takes two bytes
+
+
+def _length_bytes(size: int) -> int:
+    """Seven bits of a length a byte."""
+    return max(1, ceil(size.bit_length() / 7))
+
+
+def _head_bytes(data: int) -> int:
+    """What holds the lengths of a tensor and of its data."""
+    return 2 + _length_bytes(data) + _length_bytes(data + 64)
+
+
 def _weight(writer: GraphWriter) -> int:
-    """Bytes of nodes and of tensors without their data."""
-    heads = [t.ByteSize() - len(t.raw_data) for t in writer.tensors.values()]
-    return int(sum(size + _FRAME for size in [*heads, *(node.ByteSize() for node in writer.nodes)]))
+    """Bytes of nodes, of 8-bit values' scales and zero points, and of other tensors without their data."""
+    of_points = (".y_scale", ".y_zero")
+    data = sum(len(t.raw_data) for name, t in writer.tensors.items() if not name.endswith(of_points))
+    return sum(map(_framed, writer.nodes)) + sum(map(_framed, writer.tensors.values())) - data
 
 
 def other_tensors(marked: MarkedGraph, model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -209,5 +280,5 @@ def other_tensors(marked: MarkedGraph, model: nn.Module) -> dict[str, tuple[int,
     found = {t.name: tuple(t.dims) for t in marked.model.graph.initializer if t.data_type == 1}
     for name in marked.free_norms():
         channels = model.get_buffer(f"{name}.running_mean").shape
-        found |= {f"{name}.{part}": tuple(channels) for part in ("weight", "bias")}
+        found |= {f"{name}.{part}": (*channels, 1, 1) for part in ("weight", "bias")}
     return found

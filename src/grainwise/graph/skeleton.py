@@ -35,13 +35,19 @@ _LAYER_OPS: dict[Any, int] = {
 """Operators that a layer's module may run as, with the position of the weight; the data stand at the other position."""
 
 _ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
-CLIPS = (
+_RECTIFIERS = (
     torch.ops.aten.relu.default,
     torch.ops.aten.relu_.default,
-    torch.ops.aten.hardtanh.default,
-    torch.ops.aten.hardtanh_.default,
+    torch.ops.aten.relu6.default,
+    torch.ops.aten.relu6_.default,
 )
-"""Activations that a quantised kernel takes over for free: its output range is a clip anyway."""
+_CLIPS: dict[Any, float | None] = {
+    torch.ops.aten.hardtanh.default: -1.0,
+    torch.ops.aten.hardtanh_.default: -1.0,
+    torch.ops.aten.clamp.default: None,
+    torch.ops.aten.clamp_.default: None,
+}
+"""Operators with bounds as arguments, by the lower one that they take when none is given."""
 
 _DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)
 
@@ -325,9 +331,20 @@ def _unpadded(value: Any) -> Any:
 
 
 def _clipped(node: fx.Node) -> fx.Node:
-    """The value after the activation that alone reads `node` and is nothing but a clip, or `node` itself."""
+    """The value after the activation that alone reads `node` and is nothing but a clip at zero, or `node` itself.
+
+    A quantised kernel takes such a clip over for free: codes end at that of zero anyway. At another lower bound they
+    need not end, and the kernel is lost.
+    """
     users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].target in CLIPS else node
+    return users[0] if len(users) == 1 and _is_clip(users[0]) else node
+
+
+def _is_clip(node: fx.Node) -> bool:
+    if node.target not in _CLIPS:
+        return node.target in _RECTIFIERS
+    lower = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", _CLIPS[node.target])
+    return bool(lower == 0)
 
 
 def _readers(user: fx.Node) -> list[fx.Node]:

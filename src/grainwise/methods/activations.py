@@ -68,9 +68,9 @@ class EightBit(nn.Module):
         if not self._seen:
             raise ValueError("no value was seen at a point that is to be kept in 8 bits: is the layer ever run?")
         values = torch.cat(self._seen)
+        low, high = values.aminmax()
         values = values[:: max(1, len(values) // KEPT)]
         self._seen = None
-        low, high = values.aminmax()
         found = [affine(low * share, high * share) for share in SHARES]
         errors = [
             F.mse_loss(torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, 255), values)
@@ -82,10 +82,11 @@ class EightBit(nn.Module):
 
 
 def _thinned(x: Tensor) -> Tensor:
-    """At most `KEPT` values of a batch, extremes among them."""
+    """The values of a batch, or about `KEPT` of them and the extremes."""
     flat = x.detach().flatten()
-    extremes = torch.stack(flat.aminmax())
-    return torch.cat([flat[:: max(1, len(flat) // KEPT)], extremes])
+    if len(flat) <= KEPT:
+        return flat.clone()
+    return torch.cat([flat[:: len(flat) // KEPT], torch.stack(flat.aminmax())])
 
 
 class DynamicLinear(nn.Linear):

@@ -111,7 +111,7 @@ def _fix_grid(source: EightBit, stage: StaticConv1d | StaticConv2d, result: Eigh
     packed = stage.packed
     assert isinstance(packed, PackedWeight) and packed.scale is not None
     # A channel whose weights all but vanish would need sums beyond int32: its scale is raised, the weights with it.
-    least = stage.bias.abs() / (LARGEST_BIAS * source.scale)
+    least = stage.bias.abs() / (LARGEST_BIAS * source.scale) * (packed.scale / packed.row_scale())
     packed.scale.copy_(torch.maximum(packed.scale, (least if len(packed.scale) > 1 else least.max()).half()))
     refresh(stage)
     unit = source.scale * packed.row_scale()
