@@ -124,10 +124,37 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{row['bytes']:,} | {row['error']:.4f} | {plain}"
 
 
+def latency() -> str:
+    """One row a network and way of predicting."""
+    body = _read("latency")
+    ways = {
+        "sum": "sum of parts, as a search adds up",
+        "whole": "whole profile known",
+        "noise_floor": "same files twice",
+    }
+    rows = [
+        [
+            found["network"],
+            words,
+            f"{found[way]['mean_percentage_error']:.2f} %",
+            f"{found[way]['rank_correlation']:.3f}",
+        ]
+        for found in body["networks"]
+        for way, words in ways.items()
+    ]
+    machine = body["networks"][0]["machine"]
+    note = (
+        f"Held-out random profiles, seed {body['seed']}; `{body['command']}` on {machine['device']}, "
+        f"{machine['threads']} thread, {machine['runtime']} {machine['version']}."
+    )
+    return f"{_table(['network', 'predicted by', 'mean error', 'rank correlation'], rows)}\n\n{note}"
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "frontier": ("README.md", frontier),
     "controller": ("docs/controller.md", controller),
     "methods": ("docs/methods.md", methods),
+    "latency": ("docs/latency.md", latency),
 }
 
 

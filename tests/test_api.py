@@ -154,6 +154,9 @@ def test_missed_constraints_are_told(session: gw.Session) -> None:
     worse = replace(result, candidate=replace(result.candidate, measurement=measured))
     assert "drops by 0.1000" in str(missed(worse, {"size": 1.0, "accuracy_drop": 0.01}))
     assert "exceeds" in str(missed(worse, {"size": 0.5}))
+    slow = replace(result, deployed={"latency_ratio": 0.75})  # as it was timed, whatever was predicted
+    assert "takes 0.750 of" in str(missed(slow, {"latency": 0.7}))
+    assert missed(slow, {"latency": 0.8}) is None
 
 
 def test_foreign_profiles_are_refused(session: gw.Session) -> None:

@@ -298,6 +298,9 @@ def missed(result: Result, constraints: Mapping[str, float]) -> str | None:
     drop = result.reference.metric - result.measurement.metric
     if "accuracy_drop" in constraints and drop > constraints["accuracy_drop"]:
         return f"the metric drops by {drop:.4f} on the search split, more than {constraints['accuracy_drop']:.4f}"
+    ratio = result.deployed.get("latency_ratio")
+    if "latency" in constraints and isinstance(ratio, float) and ratio > constraints["latency"]:
+        return f"the file takes {ratio:.3f} of the uncompressed file's time, more than {constraints['latency']}"
     budgets = result.session.budgets(constraints)
     return None if meets(result.measurement, budgets) else f"{result.measurement} exceeds {budgets}"
 

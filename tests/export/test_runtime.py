@@ -116,5 +116,5 @@ def test_a_missing_package_is_named(missing: str, mixed: bytes, monkeypatch: pyt
         return imported(name)
 
     monkeypatch.setattr(runtime.importlib, "import_module", without)
-    with pytest.raises(ImportError, match=rf'{missing} is not installed.*pip install "grainwise\[onnx\]"'):
+    with pytest.raises(ImportError, match=rf"{missing} is not installed.*pip install onnx onnxruntime"):
         open_session(mixed)

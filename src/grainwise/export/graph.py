@@ -52,9 +52,7 @@ class _Marker(nn.Module):
 
 @dataclass(frozen=True)
 class MarkedGraph:
-    """model: ONNX in which every layer, batch norm and point is a marker node. shapes: of the float tensors beside
-    them, by the name that they have in the network.
-    """
+    """model: ONNX in which every layer, batch norm and point of the skeleton is a marker node."""
 
     model: ModelProto
     skeleton: Skeleton

@@ -37,7 +37,7 @@ def _required(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f'{error.name} is not installed, and ONNX files need it: run pip install "grainwise[onnx]"'
+            f"{error.name} is not installed, and ONNX files need it: run pip install onnx onnxruntime"
         ) from error
 
 

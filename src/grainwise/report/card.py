@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from grainwise.evaluate.timing import NOISY
 from grainwise.plan.choices import UNCOMPRESSED, Entry
 from grainwise.plan.layers import Layer
 from grainwise.plan.space import SearchSpace
@@ -29,7 +30,8 @@ def comparison(figures: Figures) -> list[tuple[str, str, str, str]]:
         rows.append((label, f"{full:,.0f}", f"{left:,.0f}", f"x {left / full:.4f}"))
     if "latency_ratio" in figures:
         full, left = number(figures, "reference_latency_ms"), number(figures, "latency_ms")
-        change = f"x {number(figures, 'latency_ratio'):.3f} ± {number(figures, 'latency_noise'):.3f}"
+        spread = number(figures, "latency_noise")
+        change = f"x {number(figures, 'latency_ratio'):.3f} ± {spread:.3f}{' (noisy)' if spread > NOISY else ''}"
         rows.append(("milliseconds, p50, batch 1", f"{full:.3f}", f"{left:.3f}", change))
     return rows
 
