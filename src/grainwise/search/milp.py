@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
@@ -30,6 +36,23 @@ class Rows:
         return LinearConstraint(matrix, np.array(low), np.array(high))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS 1.12 prints a line of its developers' on standard output whatever `disp` says (jump-dev/HiGHS.jl issue
+    312), where it would stand in the JSON of a command; inside, what C code prints goes nowhere.
+    """
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+        ctypes.CDLL(None).fflush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def minimise(objective: NDArray[np.float64], rows: Rows, limit: float) -> NDArray[np.intp] | None:
     """Columns that are 1 in the binary solution of least `objective` (`[V]`, >= 0), or None when none is found.
 
@@ -51,12 +74,13 @@ def minimise(objective: NDArray[np.float64], rows: Rows, limit: float) -> NDArra
     )
     if relaxed.status != 0:
         return None
-    open_ = relaxed.lower.marginals <= 100 * (1 + 1e-6) - relaxed.fun
-    solved = milp(
-        scaled,
-        integrality=np.ones(len(scaled)),
-        bounds=Bounds(0, open_.astype(np.float64)),
-        constraints=constraint,
-        options={"mip_rel_gap": _GAP, "node_limit": _NODES},
-    )
-    return None if solved.x is None else np.flatnonzero(solved.x > 0.5)
+    useful = np.flatnonzero(relaxed.lower.marginals <= 100 * (1 + 1e-6) - relaxed.fun)
+    with _quiet():
+        solved = milp(
+            scaled[useful],
+            integrality=np.ones(len(useful)),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(constraint.A[:, useful], constraint.lb, constraint.ub),
+            options={"mip_rel_gap": _GAP, "node_limit": _NODES},
+        )
+    return None if solved.x is None else useful[solved.x > 0.5]
