@@ -78,7 +78,7 @@ def exchange(
 ) -> dict[str, Entry] | None:
     """A neighbour of a profile: one layer takes another entry, others pay for it, and what is left over is spent.
 
-    The layer is drawn uniformly and its entry by rank, with weight rank ** (-1 / temperature): entries rank by how much
+    The layer is drawn uniformly and its entry by rank, with weight rank ** (-2 / temperature): entries rank by how much
     the score rises for what they save, as in the Lagrangian at the price that the profile itself pays for its last
     byte. None when the budgets cannot be met around the change.
     """
@@ -92,7 +92,7 @@ def exchange(
         return None
     costs = changes.reshape(-1, len(COSTS))[numbers] @ np.where(np.isfinite(projection.budget), projection.weight, 0.0)
     value = rises(draft, scores, index).ravel()[numbers] + _price(draft, scores, projection) * costs
-    chances = np.arange(1, len(numbers) + 1, dtype=np.float64) ** (-1 / temperature)
+    chances = np.arange(1, len(numbers) + 1, dtype=np.float64) ** (-2 / temperature)
     drawn = int(numbers[np.argsort(value, kind="stable")][rng.choice(len(numbers), p=chances / chances.sum())])
     draft.replace(index, *divmod(drawn, len(PRECISIONS)))
     if not reduce(draft, scores, projection, keep={index}):

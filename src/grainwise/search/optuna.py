@@ -31,8 +31,6 @@ class OptunaSearcher:
 
     The study lives in memory. Each draw is by a sampler newly seeded with (seed, number of the draw), and draws end
     with the batch, so that the ended draws are all of the state.
-
-    Raises RuntimeError when Optuna is not installed.
     """
 
     def __init__(
@@ -43,12 +41,8 @@ class OptunaSearcher:
         start: Mapping[str, Entry] | None = None,
         seed: int = 0,
     ) -> None:
-        try:
-            import optuna
-        except ImportError as error:
-            raise RuntimeError(
-                f"the searcher optuna:{sampler} needs Optuna, which is not here: pip install 'grainwise[optuna]'"
-            ) from error
+        import optuna
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna = optuna
         self._sampler = {"tpe": optuna.samplers.TPESampler, "nsgaii": optuna.samplers.NSGAIISampler}[sampler]

@@ -1,4 +1,4 @@
-"""The additive problem as an integer programme: one entry a layer, least summed scores, under budgets that layers share.
+"""The additive problem as an integer programme: an entry a layer, least summed scores, budgets that layers share.
 
 Letters: L layers, S structures, P precisions, O options of a layer, W couplings that are told apart around it.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +40,13 @@ class _Options:
     costs: NDArray[np.float64]
     group: NDArray[np.int64]
 
-    def of(self, table: NDArray[np.generic]) -> NDArray[np.generic]:
+    def of(self, table: NDArray[Any]) -> NDArray[Any]:
         """`[O, ...]` the options' elements of a table `[S, P, ...]`."""
-        return table[tuple(self.numbers.T)]
+        found: NDArray[Any] = table[tuple(self.numbers.T)]
+        return found
 
     def only(self, kept: NDArray[np.intp]) -> _Options:
-        return _Options(self.couplings, *(a[kept] for a in (self.widths, self.numbers, self.costs, self.group)))
+        return _Options(self.couplings, self.widths[kept], self.numbers[kept], self.costs[kept], self.group[kept])
 
 
 class Programme:
@@ -96,7 +98,7 @@ class Programme:
         names = [layer.name for layer in self._projection.space.layers]
         options = [self._useful(index, self._options(index, around), scores, limit) for index in range(len(names))]
         first = np.cumsum([0, *(len(found.numbers) for found in options)])
-        columns = [np.arange(*pair) for pair in zip(first, first[1:], strict=False)]
+        columns = [np.arange(*pair) for pair in pairwise(first)]
         shared = self._cost.prices.shared
         costs = np.concatenate([found.costs for found in options])
         objective = np.concatenate([found.of(scores[index]) for index, found in enumerate(options)])
@@ -170,7 +172,7 @@ class Programme:
         name = self._projection.space.layers[index].name
         inside = any(name in block.layers for block in self._projection.space.graph.blocks)
         leads = self._projection.space.led_by(name) if name in near else None
-        parts: list[tuple[NDArray[np.generic], ...]] = []
+        parts: list[tuple[NDArray[Any], ...]] = []
         for number, widths in enumerate(product(*(range(len(self._units[c])) for c in near))):
             cut = {c: self._units[c][k] for c, k in zip(near, widths, strict=True) if k}
             legal = self._cost.pairs(index).copy()
@@ -182,7 +184,9 @@ class Programme:
             if name in cut:  # what its cut saves beside the layers
                 costs = costs + self._cost.fixed({name: cut[name]}) - self._cost.fixed({})
             apart = np.isin(numbers[:, 0], BLOCK_STUDENTS) + 2 * ((numbers[:, 0] == 0) & inside)
-            parts.append((np.tile(np.array(widths, dtype=np.int64), (len(numbers), 1)), numbers, costs, 4 * number + apart))
+            parts.append(
+                (np.tile(np.array(widths, dtype=np.int64), (len(numbers), 1)), numbers, costs, 4 * number + apart)
+            )
         return _Options(near, *(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _useful(self, index: int, options: _Options, scores: Table, limit: float) -> _Options:

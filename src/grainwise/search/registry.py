@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from torch import Tensor
@@ -38,18 +39,21 @@ class Given:
 
     @property
     def scores(self) -> Sensitivity:
-        """Raises ValueError when there are none."""
-        if self.sensitivity is None:
-            raise ValueError("this searcher starts from sensitivity scores; leave the prior on")
+        """Of a technique that needs them."""
+        assert self.sensitivity is not None
         return self.sensitivity
 
 
 @dataclass(frozen=True, slots=True)
 class Technique:
-    """make: the searcher. table: the scores that it starts from, None where it knows none."""
+    """make: the searcher. table: the scores that it starts from, None where it knows none. needs_table: True when it
+    cannot do without. package: what must be installed for it, and the extra of grainwise that installs it.
+    """
 
     make: Callable[[Given], Searcher]
     table: Table | None = "kl"
+    needs_table: bool = False
+    package: str | None = None
 
 
 def _controller(given: Given) -> Searcher:
@@ -73,31 +77,49 @@ def _optuna(sampler: Literal["tpe", "nsgaii"]) -> Callable[[Given], Searcher]:
     return make
 
 
+def _greedy(given: Given) -> Searcher:
+    return greedy(given.projection, given.scores, seed=given.seed)
+
+
+def _additive(given: Given) -> Searcher:
+    return additive(given.projection, given.scores, seed=given.seed)
+
+
+def _thompson(given: Given) -> Searcher:
+    return ThompsonSearcher(given.projection, given.scores, seed=given.seed)
+
+
+def _random(given: Given) -> Searcher:
+    return RandomSearcher(given.projection, projected=given.config.projected, seed=given.seed)
+
+
+def _plain_evolution(given: Given) -> Searcher:
+    return EvolutionSearcher(given.projection, projected=False, seed=given.seed)
+
+
 TECHNIQUES: Mapping[str, Technique] = {
     "rl": Technique(_controller),
-    "random": Technique(
-        lambda given: RandomSearcher(given.projection, projected=given.config.projected, seed=given.seed), None
-    ),
+    "random": Technique(_random, None),
     "evolution": Technique(_evolution),
-    "evolution:plain": Technique(
-        lambda given: EvolutionSearcher(given.projection, projected=False, seed=given.seed), None
-    ),
-    "greedy": Technique(lambda given: greedy(given.projection, given.scores, seed=given.seed)),
-    "additive": Technique(lambda given: additive(given.projection, given.scores, seed=given.seed)),
-    "additive:fisher": Technique(lambda given: additive(given.projection, given.scores, seed=given.seed), "fisher"),
-    "additive+thompson": Technique(
-        lambda given: ThompsonSearcher(given.projection, given.scores, seed=given.seed)
-    ),
-    "additive+thompson:fisher": Technique(
-        lambda given: ThompsonSearcher(given.projection, given.scores, seed=given.seed), "fisher"
-    ),
-    "optuna:tpe": Technique(_optuna("tpe")),
-    "optuna:nsgaii": Technique(_optuna("nsgaii")),
+    "evolution:plain": Technique(_plain_evolution, None),
+    "greedy": Technique(_greedy, needs_table=True),
+    "additive": Technique(_additive, needs_table=True),
+    "additive:fisher": Technique(_additive, "fisher", needs_table=True),
+    "additive+thompson": Technique(_thompson, needs_table=True),
+    "additive+thompson:fisher": Technique(_thompson, "fisher", needs_table=True),
+    "optuna:tpe": Technique(_optuna("tpe"), package="optuna"),
+    "optuna:nsgaii": Technique(_optuna("nsgaii"), package="optuna"),
 }
 
 
 def technique(name: str) -> Technique:
-    """Raises ValueError, with the names there are, for an unknown one."""
+    """Raises ValueError, with the names there are, for an unknown one; RuntimeError when its package is missing."""
     if name not in TECHNIQUES:
         raise ValueError(f"no searcher is called {name!r}; give one of {', '.join(TECHNIQUES)}")
-    return TECHNIQUES[name]
+    found = TECHNIQUES[name]
+    if found.package and find_spec(found.package) is None:
+        raise RuntimeError(
+            f"the searcher {name} needs the package {found.package}, which is not installed: "
+            f"pip install 'grainwise[{found.package}]'"
+        )
+    return found
