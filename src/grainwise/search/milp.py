@@ -75,6 +75,8 @@ def minimise(objective: NDArray[np.float64], rows: Rows, limit: float) -> NDArra
     if relaxed.status != 0:
         return None
     useful = np.flatnonzero(relaxed.lower.marginals <= 100 * (1 + 1e-6) - relaxed.fun)
+    if not len(useful):
+        return None
     with _quiet():
         solved = milp(
             scaled[useful],

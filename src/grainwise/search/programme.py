@@ -54,10 +54,10 @@ class Programme:
 
     A column is a layer's entry *at* the widths that the couplings around it have, so that what a cut saves in the
     layers that read or write its channels is exact; rows tie those widths to the entries of the couplings' leaders.
-    Parts of a file that several entries need are columns too. What is not linear is left out, checked with the cost
-    model, and corrected by tightening the budgets until they hold: conversions between kernels (`Shared.boundary`),
-    tensors that two couplings cut, and layers with more than _COMBINATIONS widths around them (dense concatenations),
-    whose farther couplings are priced at the width of the last solution.
+    Parts of a file that several entries need are columns too. Couplings of which too many meet at one layer (dense
+    concatenations) are not searched: they keep the width that they have in the greedy solution. What is not linear is
+    left out, checked with the cost model, and corrected by tightening the budgets until they hold: conversions between
+    kernels (`Shared.boundary`) and tensors that two couplings cut.
     """
 
     def __init__(self, projection: Projection) -> None:
@@ -70,7 +70,19 @@ class Programme:
             if legal and (coupling := projection.space.led_by(layer.name)):
                 left = {units_left(coupling, STRUCTURES[s]) for s in legal}
                 self._units[layer.name] = [coupling.width, *sorted(left, reverse=True)]
-        self._tabulated: dict[tuple[int, tuple[tuple[str, int], ...]], _Options] = {}
+        self._pinned = frozenset(c for index in range(len(projection.space.layers)) for c in self._too_many(index))
+        self._tabulated: dict[tuple[int, tuple[tuple[str, int | None], ...]], _Options] = {}
+
+    def _related(self, index: int) -> list[str]:
+        """Couplings around a layer that can be narrowed; first the one that it leads."""
+        name = self._projection.space.layers[index].name
+        return sorted((c for c in self._cost.related(index) if c in self._units), key=lambda c: c != name)
+
+    def _too_many(self, index: int) -> list[str]:
+        """Those of a layer's couplings whose widths would make more than _COMBINATIONS."""
+        related = self._related(index)
+        counts = np.cumprod([len(self._units[coupling]) for coupling in related])
+        return [coupling for coupling, count in zip(related, counts, strict=True) if count > _COMBINATIONS]
 
     def solve(self, scores: Table) -> dict[str, Entry]:
         """The profile of least summed scores (`[L, S, P]`, >= 0) that is found within the budgets, slack filled; never
@@ -88,7 +100,6 @@ class Programme:
                 fill(draft, scores, self._projection.budget)
                 return draft.entries() if score_of(draft, scores) <= limit else start
             offset = np.maximum(offset, draft.total - found[1])
-            around = self._cost.widths(found[0])
         return start
 
     def _solve(
@@ -156,38 +167,34 @@ class Programme:
     # -- options
 
     def _options(self, index: int, around: Mapping[str, int]) -> _Options:
-        """All options of a layer; couplings too many to tell apart have the widths of `around`."""
-        name = self._projection.space.layers[index].name
-        related = sorted((c for c in self._cost.related(index) if c in self._units), key=lambda c: c != name)
-        near: list[str] = []
-        for coupling in related:  # first the one that it leads, which must be told apart
-            if np.prod([len(self._units[c]) for c in (*near, coupling)]) <= _COMBINATIONS:
-                near.append(coupling)
-        far = tuple((c, around[c]) for c in related if c not in near and c in around)
-        if (index, far) not in self._tabulated:
-            self._tabulated[index, far] = self._tabulate(index, tuple(near), dict(far))
-        return self._tabulated[index, far]
+        """All options of a layer; couplings that are not searched have the widths of `around`."""
+        pinned = tuple((c, around.get(c)) for c in self._related(index) if c in self._pinned)
+        if (index, pinned) not in self._tabulated:
+            free = tuple(c for c in self._related(index) if c not in self._pinned)
+            self._tabulated[index, pinned] = self._tabulate(index, free, dict(pinned))
+        return self._tabulated[index, pinned]
 
-    def _tabulate(self, index: int, near: tuple[str, ...], far: Mapping[str, int]) -> _Options:
+    def _tabulate(self, index: int, free: tuple[str, ...], pinned: Mapping[str, int | None]) -> _Options:
         name = self._projection.space.layers[index].name
         inside = any(name in block.layers for block in self._projection.space.graph.blocks)
-        leads = self._projection.space.led_by(name) if name in near else None
+        leads = self._projection.space.led_by(name) if name in self._units else None
         parts: list[tuple[NDArray[Any], ...]] = []
-        for number, widths in enumerate(product(*(range(len(self._units[c])) for c in near))):
-            cut = {c: self._units[c][k] for c, k in zip(near, widths, strict=True) if k}
+        for number, widths in enumerate(product(*(range(len(self._units[c])) for c in free))):
+            cut = {c: units for c, units in pinned.items() if units is not None}
+            cut |= {c: self._units[c][k] for c, k in zip(free, widths, strict=True) if k}
             legal = self._cost.pairs(index).copy()
-            for s in range(len(STRUCTURES)):
-                narrowed = units_left(leads, STRUCTURES[s]) if leads and s in NARROWING else None
-                legal[s] &= cut.get(name) == narrowed if leads else s not in NARROWING
+            for s in NARROWING if leads else ():
+                legal[s] &= cut.get(name) == units_left(leads, STRUCTURES[s])
+            if name in cut:
+                legal[[s for s in range(len(STRUCTURES)) if s not in NARROWING]] = False
             numbers = np.argwhere(legal)
-            costs = self._cost.table(index, {**far, **cut})[legal]
+            costs = self._cost.table(index, cut)[legal]
             if name in cut:  # what its cut saves beside the layers
                 costs = costs + self._cost.fixed({name: cut[name]}) - self._cost.fixed({})
             apart = np.isin(numbers[:, 0], BLOCK_STUDENTS) + 2 * ((numbers[:, 0] == 0) & inside)
-            parts.append(
-                (np.tile(np.array(widths, dtype=np.int64), (len(numbers), 1)), numbers, costs, 4 * number + apart)
-            )
-        return _Options(near, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+            given = np.tile(np.array(widths, dtype=np.int64), (len(numbers), 1))
+            parts.append((given, numbers, costs, 4 * number + apart))
+        return _Options(free, *(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _useful(self, index: int, options: _Options, scores: Table, limit: float) -> _Options:
         """Options that an optimum may hold: of a score up to the limit, none in their group as good and as cheap."""
