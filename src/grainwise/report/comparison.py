@@ -9,12 +9,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 _COLUMNS = {
-    "divergence": "best divergence, nats",
-    "metric": "metric, search split",
-    "test_metric": "metric, test split",
+    "divergence": "divergence, nats",
+    "metric": "metric, search",
+    "test_metric": "metric, test",
 }
 
 
@@ -49,22 +49,13 @@ def _spread(values: Sequence[float]) -> list[float]:
 
 
 def show_comparison(body: Mapping[str, Any], console: Console) -> None:
-    head = [
-        "searcher",
-        *_COLUMNS.values(),
-        "seconds to best",
-        "of the searcher",
-        "score passes",
-        "in budget",
-        "best from",
-    ]
-    table = Table(*head)
+    head = (*_COLUMNS.values(), "seconds to best", "score passes", "in budget", "best from")
+    table = Table(Column("searcher", no_wrap=True), *head)
     for row in summary(body):
         table.add_row(
             row["searcher"],
             *(_text(row[figure], 4) for figure in _COLUMNS),
             _text(row["seconds"], 1),
-            _text(row["searcher_seconds"], 1),
             str(row["score_passes"]),
             f"{row['within_budgets']:.0%}",
             ", ".join(f"{source} {count}" for source, count in row["best_sources"].items()) or "-",

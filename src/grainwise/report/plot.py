@@ -93,6 +93,8 @@ def _ticks(values: NDArray[np.float64], *, logarithmic: bool) -> list[float]:
         first = max(i for i, step in enumerate(steps) if step <= low)
         last = min((i for i, step in enumerate(steps) if step >= high), default=len(steps) - 1)
         return steps[first : max(last, first + 1) + 1]
-    unit = 10.0 ** floor(log10(max(high - low, 1e-6)))
+    if high - low < 1e-6:
+        low, high = low - 0.01, high + 0.01
+    unit = 10.0 ** floor(log10(high - low))
     unit *= 0.5 if high - low < 3 * unit else 1
-    return [float(tick) for tick in np.arange(floor(low / unit), ceil(high / unit) + 1) * unit] or [low, high]
+    return [float(tick) for tick in np.arange(floor(low / unit), ceil(high / unit) + 1) * unit]
