@@ -14,8 +14,12 @@ def problem() -> Bed:
     return bed(5, blocks=1)
 
 
-def test_the_first_step_is_the_best_saving_for_its_score(problem: Bed) -> None:
-    """Against every single change of the uncompressed network, priced as a whole profile."""
+@pytest.mark.parametrize("size", [0.12, 0.97])
+def test_the_first_step_is_the_best_saving_for_its_score(size: float) -> None:
+    """Against every single change of the uncompressed network, priced as a whole profile; with a budget that one
+    change meets, what goes below it must not count.
+    """
+    problem = bed(5, size=size, macs=None, blocks=1)
     projection, scores = problem.projection, finite_scores(problem.projection, problem.sensitivity)
     cost, budget = projection.cost, projection.budget
     finite = np.isfinite(budget)

@@ -38,7 +38,7 @@ def _space(methods: tuple[Method, ...]) -> tuple[SearchSpace, dict[str, tuple[in
     layers = (_conv("a", 16, 48, 3, 1, 8), _conv("b", 48, 32, 3, 1, 8), _conv("c", 32, 8, 1, 1, 8))
     inner, outer = Coupling("a", 48, _slots(["a"], ["b"], 48)), Coupling("b", 32, _slots(["b"], ["c"], 32))
     graph = LayerGraph(layers, (inner, outer), (Block("block", "a", ("a", "b")),))
-    others = {slot.parameter: (c.width,) for c in (inner, outer) for slot in c.slots if slot.layer is None}
+    others = {slot.parameter: (c.width, 40) for c in (inner, outer) for slot in c.slots if slot.layer is None}
     return SearchSpace.of(graph, methods=methods), others
 
 
@@ -61,10 +61,8 @@ def _score(scores: np.ndarray, entries: Mapping[str, Entry]) -> float:
 
 
 def _scores(seed: int, layers: int) -> np.ndarray:
-    """Any scores do, but none for what costs nothing: 0 for uncompressed."""
-    scores = np.exp(np.random.default_rng(seed).normal(0, 1.5, (layers, len(STRUCTURES), len(PRECISIONS))))
-    scores[:, 0, 0] = 0.0
-    return scores
+    """Any scores do, for uncompressed layers too."""
+    return np.exp(np.random.default_rng(seed).normal(0, 1.5, (layers, len(STRUCTURES), len(PRECISIONS))))
 
 
 def _projection(cost: CostModel, **shares: float) -> Projection:
@@ -99,7 +97,7 @@ def _common(layers: int, boundary: float) -> Shared:
         changes = sum((i in numbers) != (i + 1 in numbers) for i in range(layers - 1))
         return np.array([boundary * changes, 0.0, 0.0])
 
-    return Shared(parts, np.linspace(500, 1500, len(STRUCTURES)), static, between)
+    return Shared(parts, np.linspace(6000, 12000, len(STRUCTURES)), static, between)
 
 
 @pytest.mark.parametrize("boundary", [0.0, 2000.0])
