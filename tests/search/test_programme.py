@@ -15,7 +15,7 @@ from grainwise.plan.layers import Block, Coupling, LayerGraph
 from grainwise.plan.prices import COSTS, Cost, PackedPrices, Shared
 from grainwise.plan.projection import Projection
 from grainwise.plan.space import SearchSpace
-from grainwise.search import programme
+from grainwise.search import options
 from grainwise.search.local import reduced
 from grainwise.search.prior import finite_scores
 from grainwise.search.programme import Programme
@@ -121,7 +121,7 @@ def test_widths_too_many_to_tell_apart_still_give_a_legal_profile(monkeypatch: p
     scores = finite_scores(problem.projection, problem.sensitivity)
     exact = _score(scores, Programme(problem.projection).solve(scores))
     for few in (8, 1):  # one coupling of six widths, and none but the one that a layer leads
-        monkeypatch.setattr(programme, "_COMBINATIONS", few)
+        monkeypatch.setattr(options, "_COMBINATIONS", few)
         found = Programme(problem.projection).solve(scores)
         problem.projection.space.check(found)
         assert (problem.projection.cost.total(found) <= problem.projection.budget).all()
