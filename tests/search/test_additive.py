@@ -59,7 +59,10 @@ def test_local_search_moves_to_the_best_profile(problem: Bed) -> None:
     assert far.measurement is not None
     winner = replace(far, outcome=replace(far.measurement, divergence=1e-6))
     searcher.tell([winner if trial is far else trial for trial in trials])
+    resumed = additive(problem.projection, problem.sensitivity, seed=9)
+    resumed.restore(*searcher.state())
     around = searcher.ask(12)
+    assert around == resumed.ask(12)
     nearer = sum(
         _apart(dict(p.entries), dict(far.entries)) < _apart(dict(p.entries), dict(proposals[0].entries)) for p in around
     )
@@ -72,8 +75,8 @@ def test_more_evaluations_improve_on_the_first_solution(problem: Bed, make) -> N
     assert best_divergence(problem, trials) < 0.95 * best_divergence(problem, trials[:1])
 
 
-def test_thompson_samples_find_the_solution_of_an_additive_truth() -> None:
-    """Where the model is true its re-fit must come close to the solution of the true scores, which it never sees."""
+def test_thompson_samples_approach_the_solution_of_an_additive_truth() -> None:
+    """Where the model is true its re-fit must lead towards the solution of the true scores, which it never sees."""
     problem = bed(3, blocks=1)
     space = problem.projection.space
     true = replace(
@@ -87,12 +90,12 @@ def test_thompson_samples_find_the_solution_of_an_additive_truth() -> None:
         return score_of(Draft(problem.projection.cost, entries), scores)
 
     searcher = ThompsonSearcher(problem.projection, problem.sensitivity)
-    found = []
+    batches = []
     for _ in range(4):
         proposals = searcher.ask(8)
         trials = [problem.trial(i, p) for i, p in enumerate(proposals)]
         searcher.tell([replace(t, outcome=replace(t.measurement, divergence=truth(t.entries))) for t in trials])
-        found += [truth(p.entries) for p in proposals]
+        batches.append([truth(p.entries) for p in proposals])
     best = truth(additive(problem.projection, true).ask(1)[0].entries)
-    assert found[0] > 1.15 * best  # else there would be nothing to learn
-    assert min(found) < best + 0.35 * (found[0] - best)
+    first, last = np.mean(batches[0][1:]), np.mean(batches[-1])
+    assert last < best + 0.7 * (first - best)

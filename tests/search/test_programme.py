@@ -15,7 +15,7 @@ from grainwise.plan.layers import Block, Coupling, LayerGraph
 from grainwise.plan.prices import COSTS, Cost, PackedPrices, Shared
 from grainwise.plan.projection import Projection
 from grainwise.plan.space import SearchSpace
-from grainwise.search import options
+from grainwise.search import options, programme
 from grainwise.search.local import reduced
 from grainwise.search.prior import finite_scores
 from grainwise.search.programme import Programme
@@ -71,7 +71,8 @@ def _projection(cost: CostModel, **shares: float) -> Projection:
 
 
 @pytest.mark.parametrize("shares", [{"size": 0.5}, {"macs": 0.4}, {"size": 0.6, "macs": 0.3}, {"size": 0.25}], ids=str)
-def test_it_finds_the_best_of_all_profiles(shares: dict[str, float]) -> None:
+def test_it_finds_the_best_of_all_profiles(shares: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programme, "_ROUNDS", 1)  # exact as it is, nothing is corrected
     space, others = _space((Method.PRUNE, Method.DISTILL))
     cost = CostModel(space, others)
     projection = _projection(cost, **shares)
@@ -101,7 +102,11 @@ def _common(layers: int, boundary: float) -> Shared:
 
 
 @pytest.mark.parametrize("boundary", [0.0, 2000.0])
-def test_shared_parts_are_paid_once_and_conversions_are_checked(boundary: float) -> None:
+def test_shared_parts_are_paid_once_and_conversions_are_checked(
+    boundary: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not boundary:
+        monkeypatch.setattr(programme, "_ROUNDS", 1)
     space, others = _space((Method.PRUNE, Method.DISTILL))
     digits = PackedPrices.of(space.layers, list(others.values())).digits
     cost = CostModel(space, others, SharedPrices(digits, _common(3, boundary)))
@@ -116,13 +121,30 @@ def test_shared_parts_are_paid_once_and_conversions_are_checked(boundary: float)
             assert _score(scores, found) <= 1.0015 * min(_score(scores, p) for p in fitting)
 
 
-def test_widths_too_many_to_tell_apart_still_give_a_legal_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = bed(0, blocks=1)
-    scores = finite_scores(problem.projection, problem.sensitivity)
+def test_a_students_layers_stay_plain_though_a_structure_would_cost_and_score_less() -> None:
+    space, others = _space((Method.PRUNE, Method.DISTILL))
+    projection = _projection(CostModel(space, others), size=0.5)
+    student = next(i for i, c in enumerate(STRUCTURES) if str(c) == "distill/block/0.25")
+    scores = np.full((3, len(STRUCTURES), len(PRECISIONS)), 0.5)
+    scores[0], scores[0, student] = 10.0, 2.0
+    scores[1, 0] = 1.0
+    found = Programme(projection).solve(scores)
+    assert _score(scores, found) == 2.0 + 1.0 + 0.5
+    space.check(found)
+
+
+def test_couplings_that_are_not_told_apart_keep_the_widths_of_the_greedy_solution(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = bed(2, size=None, macs=0.3, blocks=1)
+    cost, scores = problem.projection.cost, finite_scores(problem.projection, problem.sensitivity)
+    greedy = reduced(problem.projection, scores)
     exact = _score(scores, Programme(problem.projection).solve(scores))
+    assert cost.widths(greedy)
     for few in (8, 1):  # one coupling of six widths, and none but the one that a layer leads
         monkeypatch.setattr(options, "_COMBINATIONS", few)
         found = Programme(problem.projection).solve(scores)
         problem.projection.space.check(found)
-        assert (problem.projection.cost.total(found) <= problem.projection.budget).all()
-        assert exact * 0.998 <= _score(scores, found) <= _score(scores, reduced(problem.projection, scores))
+        assert (cost.total(found) <= problem.projection.budget).all()
+        assert exact * 0.998 <= _score(scores, found) < 0.995 * _score(scores, greedy)
+    assert cost.widths(found) == cost.widths(greedy)  # all of them are pinned now
