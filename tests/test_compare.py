@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import grainwise as gw
+import grainwise.compare
 from grainwise.api import Observer
-from grainwise.compare import compare
+from grainwise.compare import OPTIONS, compare
 from grainwise.evaluate.evaluator import Evaluator
+from grainwise.plan.space import SpaceKind
 from grainwise.report.comparison import curves, summary
 from grainwise.store.studies import Store, StoreError
 from grainwise.study.trial import Trial
@@ -72,7 +75,8 @@ def test_a_cut_comparison_goes_on_and_a_finished_one_is_not_run_again(
     assert _timeless(resumed["runs"]) == _timeless(whole["runs"])
     assert resumed["budgets"] == whole["budgets"]
     tested.clear()
-    monkeypatch.setattr(Evaluator, "__call__", None)  # nothing may be evaluated any more
+    monkeypatch.setattr(Evaluator, "__call__", None)  # nothing may be evaluated any more, no searcher be made
+    monkeypatch.setattr(grainwise.compare, "make_searcher", None)
     again = _compare(prepared, store, "cut")
     assert again == resumed
     assert not tested
@@ -87,7 +91,11 @@ def test_what_a_run_says_is_what_its_trials_say(prepared: gw.Session, store: Sto
     assert run["best"]["divergence"] == min(fitting) == run["divergence_curve"][-1]
     assert run["within_budgets"] == len(fitting)
     assert run["sources"] == {"additive": 1, "local": 19}
-    assert len(run["divergence_curve"]) == len(run["metric_curve"]) == 20
+    for count in range(1, 21):
+        met = [t.measurement for t in trials[:count] if t.measurement and t.measurement.size_bytes <= budget]
+        leader = min(met, key=lambda m: m.divergence)
+        curves = run["divergence_curve"][count - 1], run["metric_curve"][count - 1]
+        assert curves == (leader.divergence, leader.metric)
     choices = prepared.space.structures[:, 1:].sum() + prepared.space.precisions[:, 1:].sum()
     assert run["score_passes"] == body["scores"]["kl"]["passes"] == choices
     parts = run["score_seconds"] + run["searcher_seconds"] + run["evaluation_seconds"]
@@ -99,6 +107,10 @@ def test_another_comparison_under_the_same_name_is_refused(prepared: gw.Session,
     _compare(prepared, store, searchers=["random"], seeds=[0], evaluations=2)
     with pytest.raises(StoreError, match="begun with another constraints"):
         _compare(prepared, store, searchers=["random"], seeds=[0], evaluations=2, constraints={"size": 0.4})
+    _compare(prepared, store, searchers=["greedy"], seeds=[0], evaluations=2)
+    single = replace(OPTIONS, space=SpaceKind.SINGLE)
+    with pytest.raises(StoreError, match="begun with another space"):
+        _compare(prepared, store, searchers=["greedy"], seeds=[0], evaluations=3, options=single)
     with pytest.raises(ValueError, match="no searcher is called"):
         _compare(prepared, store, searchers=["fame"])
 

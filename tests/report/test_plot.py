@@ -1,6 +1,7 @@
 from math import nan
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from grainwise.report.plot import _HEIGHT, _WIDTH, _ticks, plot
@@ -14,16 +15,16 @@ def _points(document: ElementTree.Element, kind: str) -> list[list[tuple[float, 
 
 
 def test_the_line_is_the_mean_and_the_band_least_and_most_from_where_all_seeds_have_values() -> None:
-    curves = {"a <&> b": [[nan, 3.0, 2.0], [nan, 1.0, 0.0]]}
+    curves = {"a <&> b": [[nan, 4.0, 2.0], [2.0, 1.0, 0.0], [nan, 1.0, 1.0]]}
     document = ElementTree.fromstring(plot({"title": (curves, False)}))
     (line,), (band,) = _points(document, "polyline"), _points(document, "polygon")
-    top = _ticks(__import__("numpy").array([3.0, 2.0, 1.0, 0.0]), logarithmic=False)[-1]
+    top = _ticks(np.array([4.0, 2.0, 1.0, 0.0]), logarithmic=False)[-1]
     middle = _WIDTH / 2
     expected = [(middle, _HEIGHT * (1 - 2 / top)), (_WIDTH, _HEIGHT * (1 - 1 / top))]
     assert line == pytest.approx([pytest.approx(p, abs=0.06) for p in expected])
     assert [x for x, _ in band] == pytest.approx([middle, _WIDTH, _WIDTH, middle], abs=0.06)
     assert band[0][1] == pytest.approx(_HEIGHT * (1 - 1 / top), abs=0.06)  # the least, lower down
-    assert band[-1][1] == pytest.approx(_HEIGHT * (1 - 3 / top), abs=0.06)
+    assert band[-1][1] == pytest.approx(_HEIGHT * (1 - 4 / top), abs=0.06)
     assert any("a <&> b" == text.text for text in document.iter(f"{SPACE}text"))
 
 
@@ -43,8 +44,6 @@ def test_curves_without_a_range_are_drawn_all_the_same(rows: list[list[float]], 
 
 
 def test_ticks_enclose_the_values() -> None:
-    import numpy as np
-
     for low, high in ((0.003, 0.7), (0.5, 0.5), (0.91, 0.93), (2.0, 900.0)):
         for logarithmic in (False, True):
             ticks = _ticks(np.array([low, high]), logarithmic=logarithmic)

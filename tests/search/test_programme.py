@@ -17,6 +17,7 @@ from grainwise.plan.projection import Projection
 from grainwise.plan.space import SearchSpace
 from grainwise.search import options, programme
 from grainwise.search.local import reduced
+from grainwise.search.options import OptionTables
 from grainwise.search.prior import finite_scores
 from grainwise.search.programme import Programme
 from tests.search.synthetic import _conv, _slots, bed
@@ -112,7 +113,7 @@ def test_shared_parts_are_paid_once_and_conversions_are_checked(
     cost = CostModel(space, others, SharedPrices(digits, _common(3, boundary)))
     projection = _projection(cost, size=0.5)
     fitting = [p for p in _profiles(space) if (cost.total(p) <= projection.budget).all()]
-    for seed in range(4):
+    for seed in (5, 6, 9, 11):  # where the greedy solution is not the best
         scores = _scores(seed, 3)
         found = Programme(projection).solve(scores)
         assert (cost.total(found) <= projection.budget).all()
@@ -121,16 +122,16 @@ def test_shared_parts_are_paid_once_and_conversions_are_checked(
             assert _score(scores, found) <= 1.0015 * min(_score(scores, p) for p in fitting)
 
 
-def test_a_students_layers_stay_plain_though_a_structure_would_cost_and_score_less() -> None:
+def test_a_layer_in_a_block_may_stay_plain_though_a_structure_costs_and_scores_less() -> None:
+    """A student of the block leaves it no structure."""
     space, others = _space((Method.PRUNE, Method.DISTILL))
     projection = _projection(CostModel(space, others), size=0.5)
-    student = next(i for i, c in enumerate(STRUCTURES) if str(c) == "distill/block/0.25")
     scores = np.full((3, len(STRUCTURES), len(PRECISIONS)), 0.5)
-    scores[0], scores[0, student] = 10.0, 2.0
-    scores[1, 0] = 1.0
-    found = Programme(projection).solve(scores)
-    assert _score(scores, found) == 2.0 + 1.0 + 0.5
-    space.check(found)
+    scores[:, 0] = 1.0
+    tables = OptionTables(projection)
+    inside, outside = (tables.useful(index, {}, scores, np.inf).numbers[:, 0] for index in (1, 2))
+    assert 0 in inside
+    assert 0 not in outside
 
 
 def test_couplings_that_are_not_told_apart_keep_the_widths_of_the_greedy_solution(
