@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +20,10 @@ from grainwise.graph.forward import Forward
 from grainwise.plan.choices import UNCOMPRESSED, Entry
 from grainwise.plan.cost import CostModel
 from grainwise.plan.profile import entries_to_json
-from grainwise.realise.build import build
+from grainwise.realise.build import build, standards_of
 from grainwise.realise.deploy import deploy
 from grainwise.realise.library import VariantLibrary
-from grainwise.realise.norms import batch_statistics, freeze_norms, reestimate_norms
+from grainwise.realise.norms import NormWatch, Standard, freeze_norms, matched_norms, reestimate_norms
 from grainwise.realise.reference import channels_last
 from grainwise.study.measurement import Failure, Measurement, Outcome
 
@@ -33,6 +32,31 @@ from grainwise.study.measurement import Failure, Measurement, Outcome
 def outputs_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Tensor:
     """Outputs of all batches, along dimension 0."""
     return torch.cat([forward(model, batch.inputs) for batch in batches])
+
+
+@torch.inference_mode()
+def watched_outputs(
+    model: nn.Module, batches: Sequence[Batch], forward: Forward
+) -> tuple[Tensor, tuple[Standard, ...]]:
+    """Outputs of the uncompressed network, and what its batch norms give out on each batch."""
+    outputs, standards = [], []
+    with NormWatch(model) as watch:
+        for batch in batches:
+            outputs.append(forward(model, batch.inputs))
+            standards.append(watch.standard())
+    return torch.cat(outputs), tuple(standards)
+
+
+@torch.inference_mode()
+def matched_outputs(
+    model: nn.Module, batches: Sequence[Batch], forward: Forward, standards: Sequence[Standard]
+) -> Tensor:
+    """Outputs of a candidate whose batch norms take their statistics from the batch itself (`matched_norms`)."""
+    outputs = []
+    for batch, standard in zip(batches, standards, strict=True):
+        with matched_norms(model, standard):
+            outputs.append(forward(model, batch.inputs))
+    return torch.cat(outputs)
 
 
 def targets_of(batches: Sequence[Batch]) -> Tensor:
@@ -65,9 +89,9 @@ class Evaluator:
     """Evaluates entries against one reference.
 
     While a search ranks, batch norm takes its statistics, and 8-bit values take their ranges, from the search batch
-    itself: one pass gives statistics and outputs; bytes and milliseconds are predicted. Reported figures come from
-    `finish`: norms and ranges from the calibration split, bytes of the file. marked: the ONNX graph of a target that
-    deploys one, None for the packed target.
+    itself, relative to the uncompressed network's (`matched_norms`): one pass gives statistics and outputs; bytes and
+    milliseconds are predicted. Reported figures come from `finish`: norms and ranges from the calibration split, bytes
+    of the file. marked: the ONNX graph of a target that deploys one, None for the packed target.
     """
 
     def __init__(
@@ -84,7 +108,7 @@ class Evaluator:
         self.scoring = scoring
         self.marked = marked
         reference = library.reference.model
-        self._outputs = outputs_of(reference, splits.search, scoring.forward)
+        self._outputs, self._standards = watched_outputs(reference, splits.search, scoring.forward)
         self._targets = targets_of(splits.search)
         _, macs, latency = cost.total({})
         self.reference_file = None if marked is None else marked.write_reference()
@@ -112,7 +136,10 @@ class Evaluator:
         size, macs, latency = self.cost.total(entries)
         if self.marked is None:
             size = weights_bytes(model)
-        with batch_statistics(model) if one_pass else nullcontext():
+        if one_pass:
+            standards = standards_of(self.library, entries, self._standards)
+            outputs = matched_outputs(model, self.splits.search, self.forward, standards)
+        else:
             outputs = outputs_of(model, self.splits.search, self.forward)
         return Measurement(
             metric=checked(self.scoring.metric, outputs, self._targets),
@@ -138,12 +165,13 @@ class Evaluator:
         changed = any(entry != UNCOMPRESSED for entry in entries.values())
         calibration = [batch.inputs for batch in self.splits.calibration] if changed else []
         model = channels_last(copy.deepcopy(build(self.library, entries)))
+        standards = standards_of(self.library, entries, self.library.reference.standards) if changed else []
         skeleton = self.library.reference.skeleton
         if skeleton is None or self.marked is None:
-            reestimate_norms(model, calibration, self.forward)
+            reestimate_norms(model, calibration, self.forward, standards)
             freeze_norms(model)
             return model, None
-        deploy(model, skeleton, calibration, self.forward)
+        deploy(model, skeleton, calibration, self.forward, standards)
         return model, self.marked.write(model, self._metadata(entries))
 
     def _metadata(self, entries: Mapping[str, Entry]) -> dict[str, str]:

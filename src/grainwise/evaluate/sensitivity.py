@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from grainwise.evaluate.data import Batch, take
-from grainwise.evaluate.evaluator import BUILD_ERRORS, Scoring, outputs_of
+from grainwise.evaluate.evaluator import BUILD_ERRORS, Scoring, matched_outputs, watched_outputs
 from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, Choice, Entry
 from grainwise.plan.space import SearchSpace
-from grainwise.realise.build import build
+from grainwise.realise.build import build, standards_of
 from grainwise.realise.library import VariantLibrary
-from grainwise.realise.norms import batch_statistics
 from grainwise.study.sensitivity import Sensitivity
 
 Progress = Callable[[int, int], None]
@@ -35,14 +34,14 @@ def measure_sensitivity(
     """
     batches = take(calibration, samples)
     base, forward = library.reference.base, library.reference.base_forward
-    with batch_statistics(base):
-        reference = outputs_of(base, batches, forward)
+    reference, standards = watched_outputs(base, batches, forward)
 
     def score(layer: str, choice: Choice, precision: bool) -> float:
         try:
-            model = build(library, {layer: Entry(precision=choice) if precision else Entry(structure=choice)})
-            with batch_statistics(model):
-                outputs = outputs_of(model, batches, forward)
+            entries = {layer: Entry(precision=choice) if precision else Entry(structure=choice)}
+            outputs = matched_outputs(
+                build(library, entries), batches, forward, standards_of(library, entries, standards)
+            )
         except BUILD_ERRORS:
             return np.inf
         divergence = scoring.divergence(outputs, reference)

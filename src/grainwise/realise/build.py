@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from grainwise.graph.narrow import narrow
 from grainwise.plan.choices import UNCOMPRESSED, Entry, Granularity, Method
@@ -13,6 +14,7 @@ from grainwise.plan.layers import Block
 from grainwise.plan.space import narrows, units_left
 from grainwise.realise.deploy import activate_points
 from grainwise.realise.library import VariantLibrary
+from grainwise.realise.norms import Standard
 from grainwise.realise.swap import swap
 
 
@@ -34,6 +36,35 @@ def _students(library: VariantLibrary, entries: Mapping[str, Entry]) -> list[tup
         if block.coupling in entries
         and (entries[block.coupling].structure.method, entries[block.coupling].structure.granularity)
         == (Method.DISTILL, Granularity.BLOCK)
+    ]
+
+
+def standards_of(
+    library: VariantLibrary, entries: Mapping[str, Entry], standards: Sequence[Standard]
+) -> Sequence[Standard]:
+    """What the norms of the network that `build` gives are to match: the uncompressed network's moments of the channels
+    that are left. The norms of students are trained by themselves and match nothing.
+    """
+    graph = library.reference.graph
+    blocks = tuple(f"{block.name}." for block, _ in _students(library, entries))
+    removed: dict[str, list[int]] = {}
+    for name, units in kept_units(library, entries).items():
+        for slot in graph.coupling(name).slots:
+            norm = slot.parameter.removesuffix(".running_mean")
+            if norm != slot.parameter:
+                gone = set(range(len(slot.indices))) - set(units)
+                removed.setdefault(norm, []).extend(i for unit in gone for i in slot.indices[unit])
+
+    def left(name: str, moments: Tensor) -> Tensor:
+        if name not in removed:
+            return moments
+        stays = torch.ones(moments.shape[1], dtype=torch.bool)
+        stays[removed[name]] = False
+        return moments[:, stays]
+
+    return [
+        {name: left(name, moments) for name, moments in standard.items() if not name.startswith(blocks)}
+        for standard in standards
     ]
 
 
