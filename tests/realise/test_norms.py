@@ -35,6 +35,16 @@ def test_reestimation_is_the_plain_average_over_batches() -> None:
     torch.testing.assert_close(model[0].running_var, torch.tensor([1.0, 2.0]))
 
 
+def network() -> nn.Module:
+    """The tiny network with norms that have something to say."""
+    model = tiny()
+    with torch.no_grad():
+        for norm in (model.norm, model.block[1], model.block[4]):
+            norm.weight.copy_(torch.linspace(0.5, 1.5, len(norm.weight)))
+            norm.bias.copy_(torch.linspace(-0.5, 0.5, len(norm.bias)))
+    return model
+
+
 def standards(model: nn.Module) -> list[Standard]:
     found = []
     with torch.no_grad(), NormWatch(model) as watch:
@@ -45,7 +55,7 @@ def standards(model: nn.Module) -> list[Standard]:
 
 
 def test_matching_leaves_no_trace() -> None:
-    model = tiny()
+    model = network()
     before, plain = copy.deepcopy(model.state_dict()), model(STRANGE[0])
     with matched_norms(model, {}):
         inside = model(STRANGE[0])
@@ -55,7 +65,7 @@ def test_matching_leaves_no_trace() -> None:
 
 
 def test_an_unchanged_network_stays_as_it_is_on_data_unlike_its_own() -> None:
-    model = tiny()
+    model = network()
     wanted, known = [model(batch) for batch in STRANGE], standards(model)
     for batch, output, standard in zip(STRANGE, wanted, known, strict=True):
         with matched_norms(model, standard):
@@ -66,7 +76,7 @@ def test_an_unchanged_network_stays_as_it_is_on_data_unlike_its_own() -> None:
 
 def test_matching_undoes_what_a_norm_can_undo() -> None:
     """Weights that are scaled and outputs that are shifted change nothing that reaches the next layer."""
-    model = tiny()
+    model = network()
     wanted, known = torch.cat([model(batch) for batch in STRANGE]), standards(model)
     changed = copy.deepcopy(model)
     with torch.no_grad():
@@ -78,7 +88,7 @@ def test_matching_undoes_what_a_norm_can_undo() -> None:
 
 
 def library() -> VariantLibrary:
-    model = tiny()
+    model = network()
     graph = trace(model, STRANGE[0][:2])
     return VariantLibrary(Reference.gather(model, graph, STRANGE, default_forward))
 
