@@ -121,7 +121,7 @@ def compress(
     )
     if "latency" in constraints:
         observer.stage("latency")
-        session = with_latency(session)
+        session = with_latency(session, observer.progress)
     limit = Budget.parse(budget)
     database = Store(store)
     try:

@@ -14,6 +14,7 @@ from grainwise.evaluate.grids import grids
 from grainwise.evaluate.kernels import KernelTimes
 from grainwise.evaluate.latency import LatencyTable
 from grainwise.evaluate.places import input_shapes
+from grainwise.evaluate.timing import Progress
 from grainwise.export.prices import OnnxPrices, other_tensors
 from grainwise.plan.choices import Entry
 from grainwise.plan.cost import CostModel
@@ -22,10 +23,11 @@ from grainwise.session import Session
 SECONDS = 4.0  # of timing the networks that the line is fitted to
 
 
-def with_latency(session: Session) -> Session:
+def with_latency(session: Session, progress: Progress = lambda done, total: None) -> Session:
     """The same session, its costs and measurements with milliseconds of this machine at batch 1.
 
-    Kernels are measured once for a machine and kept in the user's cache directory. Raises ValueError for a target
+    Kernels are measured once for a machine and kept in the user's cache directory; progress: (done, total) of them.
+    Raises ValueError for a target
     without a runtime.
     """
     evaluator, graph = session.evaluator, session.space.graph
@@ -34,7 +36,7 @@ def with_latency(session: Session) -> Session:
         raise ValueError(f"the target {reference.target.name} has no runtime to time: latency cannot be a constraint")
     shapes = input_shapes(reference.model, session.example, reference.forward, graph)
     table = LatencyTable(evaluator.marked, shapes, grids(session.space), KernelTimes(reference.target))
-    table.prepare(session.space)
+    table.prepare(session.space, progress)
     profiles = calibration_profiles(session.space, np.random.default_rng(0))
     measured = whole_ms(session, profiles)
     table = table.calibrated(session.cost, [(profiles[name], ms) for name, ms in measured.items()])

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from grainwise.evaluate.data import Batch, take
 from grainwise.evaluate.evaluator import BUILD_ERRORS, Scoring, matched_outputs, watched_outputs
+from grainwise.evaluate.timing import Progress
 from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, Choice, Entry
 from grainwise.plan.space import SearchSpace
 from grainwise.realise.build import build, standards_of
 from grainwise.realise.library import VariantLibrary
 from grainwise.study.sensitivity import Sensitivity
-
-Progress = Callable[[int, int], None]
-"""(done, total), called after each step."""
 
 
 def measure_sensitivity(

@@ -15,6 +15,9 @@ WARM_UP = 3  # calls before the first that counts
 
 _CPUINFO = Path("/proc/cpuinfo")
 
+Progress = Callable[[int, int], None]
+"""(done, total) of whatever takes a while, called after each step."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
