@@ -27,8 +27,7 @@ def with_latency(session: Session, progress: Progress = lambda done, total: None
     """The same session, its costs and measurements with milliseconds of this machine at batch 1.
 
     Kernels are measured once for a machine and kept in the user's cache directory; progress: (done, total) of them.
-    Raises ValueError for a target
-    without a runtime.
+    Raises ValueError for a target without a runtime.
     """
     evaluator, graph = session.evaluator, session.space.graph
     reference = session.reference
