@@ -109,3 +109,28 @@ def show_figures(figures: Figures, console: Console) -> None:
     for row in comparison(figures):
         table.add_row(*row)
     console.print(table)
+
+
+def show_contest(facts: dict[str, Any], console: Console) -> None:
+    """Files side by side, as `bench.Contest.standings` gives them."""
+    table = Table("file", "metric", "bytes", "size", "p50, ms", "p95, ms", "time", "8-bit kernels")
+    for row in facts["files"]:
+        table.add_row(
+            row["name"],
+            f"{row['metric']:.4f}",
+            f"{row['size_bytes']:,}",
+            f"x {row['size_ratio']:.4f}",
+            f"{row['p50_ms']:.3f}",
+            f"{row['p95_ms']:.3f}",
+            f"x {row['latency_ratio']:.3f}",
+            row["kernels"] or "none",
+        )
+    console.print(table)
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    console.print(
+        f"Batch {facts['batch']}, {threads}, {facts['runtime']} on {facts['device']}; "
+        f"{facts['rounds']} calls of each file, in turn. The time is the median ratio of the "
+        f"{facts['clock']} to that of the first file, which against itself is off by {facts['noise']:.3f}"
+        f"{': noisy, smaller differences mean nothing' if facts['noisy'] else ''}.",
+        highlight=False,
+    )
