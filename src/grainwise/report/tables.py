@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry
 from grainwise.plan.layers import Layer
@@ -113,7 +113,7 @@ def show_figures(figures: Figures, console: Console) -> None:
 
 def show_contest(facts: dict[str, Any], console: Console) -> None:
     """Files side by side, as `bench.Contest.standings` gives them."""
-    table = Table("file", "metric", "bytes", "size", "p50, ms", "p95, ms", "time", "8-bit kernels")
+    table = Table(Column("file", overflow="fold"), "metric", "bytes", "size", "p50, ms", "p95, ms", "time")
     for row in facts["files"]:
         table.add_row(
             row["name"],
@@ -123,9 +123,10 @@ def show_contest(facts: dict[str, Any], console: Console) -> None:
             f"{row['p50_ms']:.3f}",
             f"{row['p95_ms']:.3f}",
             f"x {row['latency_ratio']:.3f}",
-            row["kernels"] or "none",
         )
     console.print(table)
+    for row in facts["files"]:
+        console.print(f"{row['name']}: 8-bit kernels: {row['kernels'] or 'none'}", highlight=False, markup=False)
     threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
     console.print(
         f"Batch {facts['batch']}, {threads}, {facts['runtime']} on {facts['device']}; "
