@@ -28,8 +28,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Contest:
-    """Files that compute the same task. files: by name, the uncompressed one first. inputs: names of their inputs, in
-    the order of a batch's tensors. foreign: names of files that other tools wrote (`deployed.race`).
+    """Files for the same task. files: by name, the uncompressed one first. test: the split that they are judged on.
+    inputs: names of their inputs, in the order of a batch's tensors. foreign: names of files that other tools wrote
+    (`deployed.race`).
     """
 
     files: Mapping[str, bytes]

@@ -61,9 +61,9 @@ def first_samples(batches: Sequence[Batch], names: Sequence[str], count: int) ->
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """Files timed in turn, the first of them twice. ratios: of the time to that of the first file, by name: processor
-    time for one thread, time on the clock for more. spread: of the first file against itself: what the ratios are
-    uncertain by.
+    """Files timed in turn, the first of them opened and timed twice. ratios: of the time to that of the first file, by
+    name: processor time for one thread, time on the clock for more. spread: of the first file against itself: what the
+    ratios are uncertain by.
     """
 
     timings: Mapping[str, Timing]
@@ -102,7 +102,7 @@ def race(
     programs = {name: program(name) for name in files}
     first = next(iter(files))
     again = f"{first} again"
-    timings = interleaved({**programs, again: programs[first]}, seconds=seconds)
+    timings = interleaved({**programs, again: program(first)}, seconds=seconds)
     wall = threads > 1
     found = noise(timings[first], timings[again], wall=wall)
     ratios = {name: ratio(timings[name], timings[first], wall=wall) for name in files}
