@@ -22,7 +22,6 @@ from grainwise.export.runtime import kernels, open_session, run
 from grainwise.export.weights import weights_bytes
 from grainwise.graph.forward import Forward, default_forward
 from grainwise.graph.recording import record
-from grainwise.graph.trace import trace
 from grainwise.plan.choices import Entry, Method
 from grainwise.plan.profile import CompressionProfile, ProfileError
 from grainwise.plan.projection import Projection
@@ -33,7 +32,7 @@ from grainwise.search.driver import Budget, Judge, search
 from grainwise.search.prior import Prior
 from grainwise.search.rl import ControllerConfig, ControllerSearcher
 from grainwise.search.searcher import Searcher
-from grainwise.session import EXAMPLE_SAMPLES, Result, Session, mark
+from grainwise.session import EXAMPLE_SAMPLES, Result, Session, reference_file
 from grainwise.store.studies import Store, StoreError
 from grainwise.study.measurement import Failure
 from grainwise.study.reward import REWARDS, Reward, WithComplexity
@@ -271,11 +270,8 @@ def _verify_file(
 ) -> dict[str, float | int | str | None]:
     """Figures of an artefact's ONNX file: from the file, beside the PyTorch module and the uncompressed network."""
     content = (root / MODEL).read_bytes()
-    assert found.manifest.deployment is not None
-    names = [spec.name for spec in found.manifest.deployment.inputs]
     example = take(splits.test, EXAMPLE_SAMPLES)[0].inputs
-    _, marked = mark(reference, example, forward, trace(reference, example, forward))
-    full = marked.write_reference().SerializeToString()
+    full, names = reference_file(reference, example, forward)
     session = open_session(content)
     some = take(splits.test, PARITY_SAMPLES)
     ours = outputs_of(found.model, some, found.forward)

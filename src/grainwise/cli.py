@@ -1,4 +1,4 @@
-"""The command line: inspect, search, best, apply, verify; one function a command, heavy imports inside."""
+"""The command line: inspect, search, best, apply, verify, bench; one function a command, heavy imports inside."""
 
 from __future__ import annotations
 
@@ -61,8 +61,12 @@ def _plain_errors(resume: str = "") -> Iterator[None]:
         _stop(f"error: {error}", 1)
 
 
-def _stop(message: str, code: int) -> None:
+def _note(message: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+def _stop(message: str, code: int) -> None:
+    _note(message)
     raise typer.Exit(code)
 
 
@@ -285,6 +289,38 @@ def verify(
         network, loaded = _factory(model, "the model")(), _factory(data, "the data")()
         figures = verify_artefact(directory, network, loaded, **_hooks(metric, forward))
         _print_json(figures) if as_json else show_figures(figures, Console())
+
+
+@app.command()
+def bench(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="artefacts")],
+    model: ModelOption,
+    data: DataOption,
+    metric: MetricOption = "accuracy",
+    forward: ForwardOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="samples in a timed batch")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="threads of a timed call")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="of timing, all files together")] = 10.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Run artefacts and the uncompressed network side by side: the metric on the test split, bytes, milliseconds."""
+    from grainwise.report.progress import LiveProgress
+    from grainwise.report.tables import show_contest
+
+    with _plain_errors():
+        from grainwise.bench import Contest
+
+        network, loaded = _factory(model, "the model")(), _factory(data, "the data")()
+        with LiveProgress(None) as live:
+            live.stage("trace")
+            contest = Contest.of(directories, network, loaded, **_hooks(metric, forward))
+            sample = contest.sample(batch)
+            live.stage("accuracy")
+            rows = contest.rows(live.progress)
+        # A live line would take processor time from what is timed, so the last part is only announced.
+        _note(f"timing {len(rows)} files in turn for {seconds:g} s")
+        facts = contest.standings(rows, sample, threads=threads, seconds=seconds)
+        _print_json(facts) if as_json else show_contest(facts, Console())
 
 
 def main() -> None:

@@ -188,6 +188,12 @@ def mark(model: nn.Module, example: Any, forward: Forward, graph: LayerGraph) ->
     return graph, MarkedGraph.export(skeleton, graph, example)
 
 
+def reference_file(model: nn.Module, example: Any, forward: Forward) -> tuple[bytes, tuple[str, ...]]:
+    """The ONNX file of the uncompressed network and the names of its inputs. Raises TraceError or ExportError."""
+    _, marked = mark(model, example, forward, trace(model, example, forward))
+    return marked.write_reference().SerializeToString(), marked.skeleton.inputs
+
+
 @dataclass(frozen=True)
 class Result:
     """A compressed network and its figures.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,21 +41,24 @@ def _required(name: str) -> Any:
         ) from error
 
 
-def open_session(file: str | Path | bytes, *, threads: int = 1, fused: bool = True) -> InferenceSession:
+def open_session(
+    file: str | Path | bytes, *, threads: int = 1, fused: bool = True, disabled: Sequence[str] = DISABLED
+) -> InferenceSession:
     """A session that runs the file as it was measured.
 
     fused: False runs every node on its own, as the file's text says: slower, and rounded a little differently.
+    disabled: optimisations to leave out; none for a file of another tool, which reckons with all of them.
     Raises FileError for what is no ONNX file or keeps tensors outside of itself, ImportError without ONNX Runtime.
     """
-    return _session(_content(file), threads, fused)
+    return _session(_content(file), threads, fused, disabled)
 
 
-def optimised(file: str | Path | bytes) -> ModelProto:
+def optimised(file: str | Path | bytes, *, disabled: Sequence[str] = DISABLED) -> ModelProto:
     """The graph that `open_session` really runs: constants folded, nodes fused to kernels."""
     onnx = _required("onnx")
     with tempfile.TemporaryDirectory(prefix="grainwise-") as directory:
         path = Path(directory) / "optimised.onnx"
-        _session(_content(file), 1, True, path)
+        _session(_content(file), 1, True, disabled, path)
         found: ModelProto = onnx.load(path)
     return found
 
@@ -65,17 +68,21 @@ def kernels(file: str | Path | bytes) -> dict[str, int]:
     return dict(Counter(node.op_type for node in optimised(file).graph.node))
 
 
-def _session(content: bytes, threads: int, fused: bool, optimised_path: Path | None = None) -> InferenceSession:
+def _session(
+    content: bytes, threads: int, fused: bool, disabled: Sequence[str], optimised_path: Path | None = None
+) -> InferenceSession:
     runtime = _required("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _WITHOUT_INFO
+    # Else the idle threads of one session go on spinning on the cores that the next one in a race is timed on.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if not fused:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimised_path is not None:
         options.optimized_model_filepath = str(optimised_path)
     return runtime.InferenceSession(
-        content, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(DISABLED)
+        content, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
     )
 
 

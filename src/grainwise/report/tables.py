@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry
 from grainwise.plan.layers import Layer
@@ -109,3 +109,29 @@ def show_figures(figures: Figures, console: Console) -> None:
     for row in comparison(figures):
         table.add_row(*row)
     console.print(table)
+
+
+def show_contest(facts: dict[str, Any], console: Console) -> None:
+    """Files side by side, as `bench.Contest.standings` gives them."""
+    table = Table(Column("file", overflow="fold"), "metric", "bytes", "size", "p50, ms", "p95, ms", "time")
+    for row in facts["files"]:
+        table.add_row(
+            row["name"],
+            f"{row['metric']:.4f}",
+            f"{row['size_bytes']:,}",
+            f"x {row['size_ratio']:.4f}",
+            f"{row['p50_ms']:.3f}",
+            f"{row['p95_ms']:.3f}",
+            f"x {row['latency_ratio']:.3f}",
+        )
+    console.print(table)
+    for row in facts["files"]:
+        console.print(f"{row['name']}: 8-bit kernels: {row['kernels'] or 'none'}", highlight=False, markup=False)
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    console.print(
+        f"Batch {facts['batch']}, {threads}, {facts['runtime']} on {facts['device']}; "
+        f"{facts['rounds']} calls of each file, in turn. The time is the median ratio of the "
+        f"{facts['clock']} to that of the first file, which against itself is off by {facts['noise']:.3f}"
+        f"{': noisy, smaller differences mean nothing' if facts['noisy'] else ''}.",
+        highlight=False,
+    )
