@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from grainwise.evaluate.data import Batch, tensors_of
 from grainwise.evaluate.evaluator import targets_of
 from grainwise.evaluate.measures import Metric, checked
 from grainwise.evaluate.timing import Machine, Timing, device_name, interleaved, noise, ratio
-from grainwise.export.runtime import open_session, run
+from grainwise.export.openvino import open_openvino
+from grainwise.export.parity import Difference
+from grainwise.export.runtime import Runner, open_session, required, run
 
 SECONDS = 2.0  # of timing two programs side by side
 THREADS = 1
@@ -22,8 +26,12 @@ THREADS = 1
 def file_metric(file: ModelProto | bytes, batches: Sequence[Batch], names: Sequence[str], metric: Metric) -> float:
     """The metric of a file's outputs on a split. names: of the file's inputs, in the order of a batch's tensors."""
     session = open_session(file if isinstance(file, bytes) else file.SerializeToString())
-    found = [torch.from_numpy(run(session, feed(batch.inputs, names))) for batch in batches]
-    return checked(metric, torch.cat(found), targets_of(batches))
+    return checked(metric, torch.from_numpy(outputs_in(session, batches, names)), targets_of(batches))
+
+
+def outputs_in(session: Runner, batches: Sequence[Batch], names: Sequence[str]) -> NDArray[Any]:
+    """A file's outputs for all samples of a split."""
+    return np.concatenate([run(session, feed(batch.inputs, names)) for batch in batches])
 
 
 def feed(inputs: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -49,11 +57,14 @@ class Race:
     machine: Machine
 
 
-def race(files: Mapping[str, bytes], sample: Mapping[str, Any], seconds: float = SECONDS) -> Race:
-    """Time files side by side on one sample (`first_sample`); the first is what the others are compared with."""
+def race(files: Mapping[str, bytes | Runner], sample: Mapping[str, Any], seconds: float = SECONDS) -> Race:
+    """Time files side by side on one sample (`first_sample`); the first is what the others are compared with.
+
+    files: for ONNX Runtime, or opened already in another runtime.
+    """
     import onnxruntime
 
-    sessions = {name: open_session(content, threads=THREADS) for name, content in files.items()}
+    sessions = {n: open_session(f, threads=THREADS) if isinstance(f, bytes) else f for n, f in files.items()}
     first = next(iter(files))
     again = f"{first} again"
 
@@ -83,4 +94,29 @@ def race_figures(found: Race, candidate: str) -> dict[str, float | int | str | N
         "latency_runtime": f"{found.machine.runtime} {found.machine.version}",
         "latency_threads": found.machine.threads,
         "latency_batch": 1,
+    }
+
+
+def openvino_figures(
+    content: bytes, batches: Sequence[Batch], names: Sequence[str], metric: Metric
+) -> dict[str, float | int | str | None]:
+    """A file in OpenVINO beside the same file in ONNX Runtime: outputs and metric on a split, and milliseconds.
+
+    Raises FileError when OpenVINO cannot run the file, ImportError without OpenVINO.
+    """
+    other = open_openvino(content, threads=THREADS)
+    found = outputs_in(other, batches, names)
+    difference = Difference.between(outputs_in(open_session(content), batches, names), found)
+    raced = race({"onnxruntime": content, "openvino": other}, first_sample(batches[0].inputs, names))
+    return {
+        "openvino_accuracy": checked(metric, torch.from_numpy(found), targets_of(batches)),
+        "openvino_max_abs_difference": difference.largest,
+        "openvino_mean_abs_difference": difference.mean,
+        "openvino_relative_difference": difference.share,
+        "openvino_top1_agreement": difference.agreement,
+        "openvino_latency_ms": raced.timings["openvino"].p50_ms,
+        "openvino_latency_p95_ms": raced.timings["openvino"].p95_ms,
+        "openvino_latency_ratio": raced.ratios["openvino"],
+        "openvino_latency_noise": raced.spread,
+        "openvino_version": required("openvino").__version__,
     }
