@@ -118,5 +118,6 @@ def openvino_figures(
         "openvino_latency_p95_ms": raced.timings["openvino"].p95_ms,
         "openvino_latency_ratio": raced.ratios["openvino"],
         "openvino_latency_noise": raced.spread,
-        "openvino_version": required("openvino").__version__,
+        "openvino_kernels": ", ".join(f"{count} {name}" for name, count in other.kernels.items()),
+        "openvino_version": required("openvino").__version__.partition("-")[0],
     }

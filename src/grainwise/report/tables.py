@@ -121,5 +121,5 @@ def _in_openvino(figures: Figures) -> str:
     return (
         f"The same file in OpenVINO {figures['openvino_version']}: metric {metric:.4f}; its outputs differ from those of "
         f"ONNX Runtime by {mean:.2g} on average and {largest:.2g} at most, {agreement:.2f} % of first answers are the "
-        f"same; x {ratio:.3f} ± {spread:.3f} of ONNX Runtime's time"
+        f"same; x {ratio:.3f} ± {spread:.3f} of ONNX Runtime's time; kernels: {figures['openvino_kernels']}"
     )
