@@ -2,10 +2,10 @@
 
     python -m bench.nncf_int8
 
-NNCF is no dependency of ours: it runs in a virtual environment of its own in the cache directory, made on the first run.
-It is given the float32 file in plain operators and the calibration split, and quantises with its defaults, once the ONNX
-file (contenders/nncf_int8.onnx) and once the same network as OpenVINO's IR (contenders/nncf_int8.xml and .bin).
-Prints the accuracy of both on the test split, in ONNX Runtime and in OpenVINO, and their times as shares of float32's.
+NNCF is no dependency of ours: it runs in a virtual environment of its own in the cache directory, made on the first
+run. It is given the float32 file in plain operators and the calibration split, and quantises with its defaults: the
+ONNX file (contenders/nncf_int8.onnx), and the same network as OpenVINO's IR (contenders/nncf_int8.xml and .bin).
+Prints the accuracy of both on the test split, and their times as shares of that of float32 in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ INSTALL_SECONDS, QUANTISE_SECONDS = 1800, 900
 QUANTISE = """
 import sys
 import nncf, numpy, onnx, openvino
-float_file, pictures, out = sys.argv[1:]
+float_file, pictures, name, out = sys.argv[1:]
 with numpy.load(pictures, allow_pickle=False) as stored:
-    name, values = stored.files[0], stored[stored.files[0]]
+    values = stored["arr_0"]
 data = nncf.Dataset([{name: value[None]} for value in values])
 onnx.save(nncf.quantize(onnx.load(float_file), data, subset_size=len(values)), f"{out}/nncf_int8.onnx")
 network = nncf.quantize(openvino.Core().read_model(float_file), data, subset_size=len(values))
@@ -94,8 +94,8 @@ def contenders(float_file: bytes, splits: Splits, name: str) -> None:
         given, pictures, made = Path(folder) / "float.onnx", Path(folder) / "pictures.npz", Path(folder) / "made"
         made.mkdir()
         given.write_bytes(float_file)
-        np.savez(pictures, **{name: torch.cat([batch.inputs for batch in splits.calibration]).numpy()})
-        _ran([str(python), "-c", QUANTISE, str(given), str(pictures), str(made)], "quantise", QUANTISE_SECONDS)
+        np.savez(pictures, torch.cat([batch.inputs for batch in splits.calibration]).numpy())
+        _ran([str(python), "-c", QUANTISE, str(given), str(pictures), name, str(made)], "quantise", QUANTISE_SECONDS)
         for file in made.iterdir():
             file.replace(CONTENDERS / file.name)
 

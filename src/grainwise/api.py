@@ -276,15 +276,12 @@ def verify_artefact(
         figures[f"{prefix}macs"] = record(network, example, way).macs
     figures |= {"size_bytes": size, "reference_size_bytes": weights_bytes(model), "trials": claimed.get("trials")}
     if deployed:
-        figures |= _verify_file(Path(directory), found, reference, splits, score, forward)
-        if runtime == "openvino":
-            content, names = (Path(directory) / MODEL).read_bytes(), [spec.name for spec in manifest.deployment.inputs]
-            figures |= openvino_figures(content, splits.test, names, score)
+        figures |= _verify_file(Path(directory), found, reference, splits, score, forward, runtime)
     return {**figures, "claimed_accuracy": claimed.get("accuracy"), "claimed_macs": claimed.get("macs")}
 
 
 def _verify_file(
-    root: Path, found: Artefact, reference: nn.Module, splits: Splits, metric: Metric, forward: Forward
+    root: Path, found: Artefact, reference: nn.Module, splits: Splits, metric: Metric, forward: Forward, runtime: str
 ) -> dict[str, float | int | str | None]:
     """Figures of an artefact's ONNX file: from the file, beside the PyTorch module and the uncompressed network."""
     content = (root / MODEL).read_bytes()
@@ -306,6 +303,7 @@ def _verify_file(
         "top1_agreement": float((ours.numpy().argmax(-1) == files.argmax(-1)).mean()),
         "kernels": ", ".join(f"{count} {name}" for name, count in sorted(counts.items())),
         **race_figures(raced, "candidate"),
+        **(openvino_figures(content, splits.test, names, metric) if runtime == "openvino" else {}),
     }
 
 

@@ -111,7 +111,7 @@ def _kernels(model: Any) -> dict[str, int]:
 
 
 def _reason(message: str, model: ModelProto) -> str:
-    """One sentence of OpenVINO's report: the operators that it has no rule for and where they stand, or its last line."""
+    """One sentence of OpenVINO's report: operators that it has no rule for and where they stand, or its last line."""
     found = re.search(r"No conversion rule found for operations: (.*)", message)
     if found is None:
         line = [line for line in message.splitlines() if line.strip()][-1]
