@@ -119,7 +119,7 @@ def _in_openvino(figures: Figures) -> str:
     largest, mean = (number(figures, f"openvino_{name}_abs_difference") for name in ("max", "mean"))
     ratio, spread = number(figures, "openvino_latency_ratio"), number(figures, "openvino_latency_noise")
     return (
-        f"The same file in OpenVINO {figures['openvino_version']}: metric {metric:.4f}; outputs differ from those of ONNX "
-        f"Runtime by {mean:.2g} on average and {largest:.2g} at most, {agreement:.2f} % of first answers are the same; "
-        f"x {ratio:.3f} ± {spread:.3f} of ONNX Runtime's time; kernels: {figures['openvino_kernels']}"
+        f"The same file in OpenVINO {figures['openvino_version']}: metric {metric:.4f}; outputs differ from those of "
+        f"ONNX Runtime by {mean:.2g} on average and {largest:.2g} at most, {agreement:.2f} % of first answers are "
+        f"the same; x {ratio:.3f} ± {spread:.3f} of ONNX Runtime's time; kernels: {figures['openvino_kernels']}"
     )
