@@ -57,7 +57,7 @@ def _plain_errors(resume: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _stop(f"stopped; every finished trial is kept{resume and f'. Go on with:{chr(10)}  {resume}'}", 130)
-    except (ValueError, RuntimeError, OSError, TypeError) as error:
+    except (ValueError, RuntimeError, OSError, TypeError, ImportError) as error:
         _stop(f"error: {error}", 1)
 
 
@@ -273,6 +273,7 @@ def verify(
     data: DataOption,
     metric: MetricOption = "accuracy",
     forward: ForwardOption = None,
+    runtime: Annotated[str, typer.Option(help="onnxruntime; openvino compares the two")] = "onnxruntime",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -287,7 +288,7 @@ def verify(
 
             torch.set_num_threads(threads)
         network, loaded = _factory(model, "the model")(), _factory(data, "the data")()
-        figures = verify_artefact(directory, network, loaded, **_hooks(metric, forward))
+        figures = verify_artefact(directory, network, loaded, runtime=runtime, **_hooks(metric, forward))
         _print_json(figures) if as_json else show_figures(figures, Console())
 
 

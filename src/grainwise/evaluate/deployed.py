@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from grainwise.evaluate.data import Batch, DataError, samples_in, take, tensors_of
 from grainwise.evaluate.evaluator import targets_of
 from grainwise.evaluate.measures import Metric, checked
 from grainwise.evaluate.timing import Machine, Timing, device_name, interleaved, noise, ratio
-from grainwise.export.runtime import DISABLED, open_session, run
+from grainwise.export.openvino import open_openvino
+from grainwise.export.parity import Difference
+from grainwise.export.runtime import DISABLED, Runner, open_session, required, run
 
 SECONDS = 2.0  # of timing two programs side by side
 THREADS = 1
@@ -34,8 +37,14 @@ def file_metric(
     foreign: as in `race`.
     """
     session = _open(file if isinstance(file, bytes) else file.SerializeToString(), foreign=foreign)
-    found = [torch.from_numpy(run(session, _named(session, feed(batch.inputs, names), foreign))) for batch in batches]
-    return checked(metric, torch.cat(found), targets_of(batches))
+    return checked(metric, torch.from_numpy(outputs_in(session, batches, names, foreign=foreign)), targets_of(batches))
+
+
+def outputs_in(
+    session: Runner, batches: Sequence[Batch], names: Sequence[str], *, foreign: bool = False
+) -> NDArray[Any]:
+    """A file's outputs for all samples of a split."""
+    return np.concatenate([run(session, _named(session, feed(batch.inputs, names), foreign)) for batch in batches])
 
 
 def feed(inputs: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -80,7 +89,7 @@ class Race:
 
 
 def race(
-    files: Mapping[str, bytes],
+    files: Mapping[str, bytes | Runner],
     sample: Mapping[str, Any],
     seconds: float = SECONDS,
     *,
@@ -89,8 +98,8 @@ def race(
 ) -> Race:
     """Time files side by side on one batch (`first_sample`); the first is what the others are compared with.
 
-    foreign: files of other tools. They run with every optimisation of ONNX Runtime, as their makers reckon with, and
-    take the sample's arrays in their order, whatever the inputs are called.
+    files: for ONNX Runtime, or opened already in another runtime. foreign: files of other tools, which run with every
+    optimisation of ONNX Runtime, as their makers reckon with, and take the sample's arrays in their order.
     """
     import onnxruntime
 
@@ -111,11 +120,14 @@ def race(
     return Race({name: timings[name] for name in files}, ratios, found.spread, found.noisy, machine, batch)
 
 
-def _open(content: bytes, *, threads: int = THREADS, foreign: bool) -> Any:
-    return open_session(content, threads=threads, disabled=() if foreign else DISABLED)
+def _open(file: bytes | Runner, *, threads: int = THREADS, foreign: bool) -> Runner:
+    if not isinstance(file, bytes):
+        return file
+    session: Runner = open_session(file, threads=threads, disabled=() if foreign else DISABLED)
+    return session
 
 
-def _named(session: Any, inputs: Mapping[str, Any], foreign: bool) -> dict[str, Any]:
+def _named(session: Runner, inputs: Mapping[str, Any], foreign: bool) -> dict[str, Any]:
     names = [spec.name for spec in session.get_inputs()]
     return dict(zip(names, inputs.values(), strict=True)) if foreign else {name: inputs[name] for name in names}
 
@@ -135,4 +147,30 @@ def race_figures(found: Race, candidate: str) -> dict[str, float | int | str | N
         "latency_runtime": f"{found.machine.runtime} {found.machine.version}",
         "latency_threads": found.machine.threads,
         "latency_batch": found.batch,
+    }
+
+
+def openvino_figures(
+    content: bytes, batches: Sequence[Batch], names: Sequence[str], metric: Metric
+) -> dict[str, float | int | str | None]:
+    """A file in OpenVINO beside the same file in ONNX Runtime: outputs and metric on a split, and milliseconds.
+
+    Raises FileError when OpenVINO cannot run the file, ImportError without OpenVINO.
+    """
+    other = open_openvino(content, threads=THREADS)
+    found = outputs_in(other, batches, names)
+    difference = Difference.between(outputs_in(open_session(content), batches, names), found)
+    raced = race({"onnxruntime": content, "openvino": other}, first_sample(batches[0].inputs, names))
+    return {
+        "openvino_accuracy": checked(metric, torch.from_numpy(found), targets_of(batches)),
+        "openvino_max_abs_difference": difference.largest,
+        "openvino_mean_abs_difference": difference.mean,
+        "openvino_relative_difference": difference.share,
+        "openvino_top1_agreement": difference.agreement,
+        "openvino_latency_ms": raced.timings["openvino"].p50_ms,
+        "openvino_latency_p95_ms": raced.timings["openvino"].p95_ms,
+        "openvino_latency_ratio": raced.ratios["openvino"],
+        "openvino_latency_noise": raced.spread,
+        "openvino_kernels": ", ".join(f"{count} {name}" for name, count in other.kernels.items()),
+        "openvino_version": required("openvino").__version__.partition("-")[0],
     }

@@ -11,7 +11,7 @@ from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry
 from grainwise.plan.layers import Layer
 from grainwise.plan.space import SearchSpace
 from grainwise.plan.target import Target
-from grainwise.report.card import Figures, comparison
+from grainwise.report.card import Figures, comparison, number
 
 
 def inspection(space: SearchSpace, statistics: list[list[float]], target: Target) -> dict[str, Any]:
@@ -109,6 +109,20 @@ def show_figures(figures: Figures, console: Console) -> None:
     for row in comparison(figures):
         table.add_row(*row)
     console.print(table)
+    if "openvino_version" in figures:
+        console.print(_in_openvino(figures), highlight=False)
+
+
+def _in_openvino(figures: Figures) -> str:
+    """One sentence about the same file in the other runtime."""
+    metric, agreement = number(figures, "openvino_accuracy"), 100 * number(figures, "openvino_top1_agreement")
+    largest, mean = (number(figures, f"openvino_{name}_abs_difference") for name in ("max", "mean"))
+    ratio, spread = number(figures, "openvino_latency_ratio"), number(figures, "openvino_latency_noise")
+    return (
+        f"The same file in OpenVINO {figures['openvino_version']}: metric {metric:.4f}; outputs differ from those of "
+        f"ONNX Runtime by {mean:.2g} on average and {largest:.2g} at most, {agreement:.2f} % of first answers are "
+        f"the same; x {ratio:.3f} ± {spread:.3f} of ONNX Runtime's time; kernels: {figures['openvino_kernels']}"
+    )
 
 
 def show_contest(facts: dict[str, Any], console: Console) -> None:
