@@ -185,7 +185,8 @@ class Workshop:
         directory = result.export(self.folder / name)
         figures = result.figures()
         extra = {ours: figures[theirs] for theirs, ours in MODULE.items()}
-        return (directory / MODEL).read_bytes(), {**extra, "made_at_ratio": figures["latency_ratio"]}
+        extra |= {"made_at_ratio": figures["latency_ratio"], "trials": result.trials}
+        return (directory / MODEL).read_bytes(), extra
 
     def run(self, order: Order) -> Row:
         """The row of an order, from the results file or made now; either way its file lies in the folder."""

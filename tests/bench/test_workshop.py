@@ -72,7 +72,7 @@ def test_a_second_run_makes_nothing_but_the_race(
     assert list(rows) == [REFERENCE, "int8", "search", "hopeless"]
     assert "cannot be met" in rows["hopeless"]["failed"]
     assert rows["search"]["size_ratio"] <= 0.5
-    assert rows["search"]["settings"]["evaluations"] == 4
+    assert rows["search"]["trials"] == rows["search"]["settings"]["evaluations"] == 4
     (race,) = first["races"]
     assert [file["name"] for file in race["files"]] == [REFERENCE, "int8", "search"]
     assert race["batch"] == 2
