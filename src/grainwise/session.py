@@ -106,7 +106,7 @@ class Session:
     def sensitivity(self, progress: Callable[[int, int], None]) -> Sensitivity:
         scoring = self.evaluator.scoring
         return measure_sensitivity(
-            self.evaluator.library, self.space, self.splits.calibration, scoring, progress=progress
+            self.evaluator.library, self.space, self.splits.search, scoring, progress=progress
         )
 
     def budgets(self, constraints: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Sensitivity scores: the divergence that each choice alone causes, measured on a few calibration samples."""
+"""Sensitivity scores: the divergence that each choice alone causes, measured on a few samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def affordable(space: SearchSpace) -> int:
 def measure_sensitivity(
     library: VariantLibrary,
     space: SearchSpace,
-    calibration: Sequence[Batch],
+    batches: Sequence[Batch],
     scoring: Scoring,
     *,
     samples: int | None = None,
@@ -39,10 +39,13 @@ def measure_sensitivity(
     """Run the network with one choice at one layer, for every legal choice; no labels are read. A choice that cannot
     be built or gives no finite outputs scores infinity, so that a search leaves it alone.
 
+    batches: not those that the methods are fitted on: a layer that runs once a sample can fit as many samples as it has
+    inputs to the bit, and its scores would be far too good.
+
     Costs one forward pass of `samples` samples (by default as many as are `affordable`) for each legal choice. The
     variants that it solves stay in the library.
     """
-    batches = take(calibration, samples or affordable(space))
+    batches = take(batches, samples or affordable(space))
     base, forward = library.reference.base, library.reference.base_forward
     reference, standards = watched_outputs(base, batches, forward)
 
