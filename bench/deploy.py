@@ -38,7 +38,11 @@ from grainwise.plan.choices import Method
 
 RESULTS = Path(__file__).parent / "results" / "deploy.json"
 FILES = Path("out") / "bench-deploy"
-LATENCIES = (0.8, 0.7, 0.6, 0.5)
+FRONTIER = (
+    *({"latency": share} for share in (0.8, 0.7, 0.6, 0.5, 0.4)),
+    *({"size": share} for share in (0.125, 0.1, 0.08)),
+    *({"macs": share} for share in (0.75, 0.5)),
+)
 SMALLER = 0.7  # of a uniform file's bytes: what a search is asked that may take as long as that file
 BATCHES = (1, 32)
 
@@ -52,8 +56,9 @@ def _resnet20(shop: Workshop) -> Iterator[Order]:
     for level, entries in contenders.pruned_levels(shop.session.space):
         uniform.append(shop.uniform(f"int8, {level:.0%} of channels pruned", entries))
     yield from uniform
-    for latency in LATENCIES:
-        yield shop.searched(f"search, latency {latency}", {"latency": latency})
+    for asked in FRONTIER:
+        ((cost, share),) = asked.items()
+        yield shop.searched(f"search, {cost} {share}", asked)
     for order in uniform:
         row = shop.kept.rows(shop.part.name)[order.name]
         asked = {"latency": round(row["made_at_ratio"], 3), "size": round(SMALLER * row["size_ratio"], 4)}
