@@ -68,6 +68,21 @@ def test_the_commands_in_a_row(tmp_path: Path) -> None:
     assert "timing 2 files in turn for 0.2 s" in raced.stderr
 
 
+def test_compare_prints_a_table_or_json_and_draws(tmp_path: Path) -> None:
+    runs = ["--searcher", "greedy", "--searcher", "additive:fisher", "--seeds", "2", "--evaluations", "5"]
+    store = ["--store", f"sqlite:///{tmp_path / 's.db'}", "--target", "packed", "--size", "0.3"]
+    found = run(app, ["compare", *NETWORK, *runs, *store, "--plot", str(tmp_path / "c.svg"), "--json"])
+    assert found.exit_code == 0, found.output
+    body = json.loads(found.stdout)
+    assert {row["searcher"] for row in body["summary"]} == {"greedy", "additive:fisher"}
+    assert [(r["searcher"], r["seed"]) for r in body["runs"]][:2] == [("greedy", 0), ("additive:fisher", 0)]
+    assert (tmp_path / "c.svg").read_text().count("<polyline") == 4
+    best = run(app, ["best", *store[:2], "--study", "compare/greedy/5 evaluations/seed 0", "--json"])
+    assert json.loads(best.stdout)["divergence"] == body["runs"][0]["best"]["divergence"]
+    again = run(app, ["compare", *NETWORK, *runs, *store])  # from the store
+    assert "additive:fisher" in again.stdout and "5 evaluations, 2 seeds" in again.stdout
+
+
 def test_inspect_shows_layers_and_why_not() -> None:
     facts = json.loads(run(app, ["inspect", *NETWORK, "--json"]).stdout)
     by_name = {layer["name"]: layer for layer in facts["layers"]}
@@ -87,6 +102,11 @@ def test_inspect_shows_layers_and_why_not() -> None:
         (["best", "--store", "sqlite:////nowhere/x.db"], "there is no store"),
         (["bench", "/nowhere", *NETWORK], "is /nowhere an artefact?"),
         (["search", *NETWORK, "--size", "7", "--store", "sqlite://"], "in (0, 1]"),
+        (
+            ["compare", *NETWORK, "--size", "0.3", "--searcher", "luck", "--store", "sqlite://"],
+            "give one of rl, random",
+        ),
+        (["compare", *NETWORK, "--searcher", "random", "--store", "sqlite://"], "give a constraint for at least one"),
         (["search", *NETWORK, "--size", "0.3", "--budget", "soon", "--store", "sqlite://"], "a budget is"),
         (["inspect", "--model", "tests.test_cli:broken", "--data", "tests.networks:tiny_data"], "pass forward="),
         (["inspect", "--model", "tests.networks:tiny", "--data", "tests.test_cli:nothing"], "split is empty"),

@@ -12,7 +12,15 @@ import grainwise
 
 @pytest.mark.parametrize(
     "module",
-    ["grainwise", "grainwise.cli", "grainwise.plan.profile", "grainwise.store.studies", "grainwise.report.tables"],
+    [
+        "grainwise",
+        "grainwise.cli",
+        "grainwise.plan.profile",
+        "grainwise.store.studies",
+        "grainwise.report.comparison",
+        "grainwise.report.plot",
+        "grainwise.report.tables",
+    ],
 )
 def test_loads_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -34,10 +34,9 @@ from grainwise.plan.profile import CompressionProfile, ProfileError
 from grainwise.plan.projection import Projection
 from grainwise.plan.space import SpaceKind
 from grainwise.realise.reference import channels_last
-from grainwise.search.baselines import EvolutionSearcher, RandomSearcher
 from grainwise.search.driver import Budget, Judge, search
-from grainwise.search.prior import Prior
-from grainwise.search.rl import ControllerConfig, ControllerSearcher
+from grainwise.search.registry import Given, Table, technique
+from grainwise.search.rl import ControllerConfig
 from grainwise.search.searcher import Searcher
 from grainwise.session import EXAMPLE_SAMPLES, Result, Session, reference_file
 from grainwise.store.studies import Store, StoreError
@@ -55,15 +54,16 @@ MOST_BUILT = 15  # candidates that are built at most
 class SearchOptions:
     """How to search. Measured so far: searcher, projection and prior (docs/controller.md)."""
 
-    searcher: Literal["rl", "random", "evolution"] = "rl"
+    searcher: str = "rl"
+    """A name of `search.registry.TECHNIQUES`: `rl` is the controller."""
     algorithm: Literal["reinforce", "ppo"] = "ppo"
     """Policy-gradient formula of the controller."""
     credit: Literal["terminal", "per_layer"] = "terminal"
     """`per_layer` evaluates after each layer too: a profile then costs as many evaluations as it has entries."""
     projected: bool = True
-    """Mask entries that can no longer meet the budgets while a profile is chosen."""
+    """Mask entries that can no longer meet the budgets while a profile is chosen (`rl`, `random`, `evolution`)."""
     prior: bool = True
-    """Start at the sensitivity scores."""
+    """Start at the sensitivity scores, where the searcher knows how to; `additive` and `greedy` need them."""
     reward: str | Reward = "hard_budget"
     """`weighted_product`, `absolute`, `hard_budget`, or a function (measurement, reference, entries) -> float."""
     complexity_weight: float = 0.1
@@ -71,6 +71,13 @@ class SearchOptions:
     space: SpaceKind = SpaceKind.CHAIN
     methods: tuple[Method, ...] = tuple(Method)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown searcher or one that needs a prior and gets none; RuntimeError when a
+        package that it needs is not installed.
+        """
+        if technique(self.searcher).needs_table and not self.prior:
+            raise ValueError(f"the searcher {self.searcher} is made of sensitivity scores: leave prior on")
 
     def to_json(self) -> dict[str, Any]:
         reward = self.reward if isinstance(self.reward, str) else getattr(self.reward, "__qualname__", "function")
@@ -133,7 +140,13 @@ def compress(
     try:
         budgets = database.settings(study)["budgets"] if resume else session.budgets(constraints)
         projection = Projection(session.cost, budgets)
-        sensitivity = _open_study(database, study, session, constraints, options, observer, resume=resume)
+        settings = study_settings(session, constraints, budgets, options)
+
+        def measure(table: Table) -> Sensitivity:
+            observer.stage("sensitivity")
+            return session.sensitivity(observer.progress, table)
+
+        sensitivity = open_study(database, study, settings, options, measure, resume=resume)
         searcher = make_searcher(session, projection, sensitivity, options, limit.evaluations)
         judge = Judge(
             session.evaluator,
@@ -174,22 +187,15 @@ def make_searcher(
     evaluations: int | None = None,
 ) -> Searcher:
     """The searcher that the options name; `evaluations` are expected, when that is known."""
-    match options.searcher:
-        case "rl":
-            config = ControllerConfig(
-                algorithm=options.algorithm,
-                credit=options.credit,
-                use_prior=options.prior,
-                projected=options.projected,
-                horizon=evaluations or ControllerConfig().horizon,
-            )
-            return ControllerSearcher(projection, session.features(), sensitivity, seed=options.seed, config=config)
-        case "random":
-            return RandomSearcher(projection, projected=options.projected, seed=options.seed)
-        case "evolution":
-            prior = None if sensitivity is None else Prior(projection, sensitivity)
-            return EvolutionSearcher(projection, projected=options.projected, prior=prior, seed=options.seed)
-    raise ValueError(f"no searcher is called {options.searcher!r}; give rl, random or evolution")
+    config = ControllerConfig(
+        algorithm=options.algorithm,
+        credit=options.credit,
+        use_prior=options.prior,
+        projected=options.projected,
+        horizon=evaluations or ControllerConfig().horizon,
+    )
+    given = Given(projection, session.features, sensitivity, options.seed, config)
+    return technique(options.searcher).make(given)
 
 
 def choose(session: Session, trials: Iterable[Trial], budgets: Mapping[str, float]) -> dict[str, Entry]:
@@ -315,24 +321,18 @@ def missed(result: Result, constraints: Mapping[str, float]) -> str | None:
     return None if meets(result.measurement, budgets) else f"{result.measurement} exceeds {budgets}"
 
 
-def _open_study(
+def open_study(
     database: Store,
     study: str,
-    session: Session,
-    constraints: Mapping[str, float],
+    settings: Mapping[str, Any],
     options: SearchOptions,
-    observer: Observer,
+    measure: Callable[[Table], Sensitivity],
     *,
     resume: bool,
 ) -> Sensitivity | None:
-    """Create the study, or check that the one to go on with is the same search; returns its sensitivity scores."""
-    settings: dict[str, Any] = {
-        "model": session.model_fingerprint,
-        "target": session.reference.target.name,
-        "data": session.splits.fingerprint,
-        "constraints": dict(constraints),
-        "options": options.to_json(),
-    }
+    """Create the study, or check that the one to go on with is the same search; returns the scores it starts from,
+    kept with it or measured now.
+    """
     if resume:
         kept = database.settings(study)
         scores = kept.pop("sensitivity")
@@ -342,11 +342,21 @@ def _open_study(
         return None if scores is None else Sensitivity.from_json(scores)
     if study in database.studies():
         raise StoreError(f"the store {database.url} has a study {study!r} already; resume it or give another name")
-    sensitivity = None
-    if options.prior:
-        observer.stage("sensitivity")
-        sensitivity = session.sensitivity(observer.progress)
-    scores = None if sensitivity is None else sensitivity.to_json()
-    # Milliseconds differ from run to run, so a resumed search takes the budgets that the first one set.
-    database.create(study, {**settings, "budgets": session.budgets(constraints), "sensitivity": scores})
+    table = technique(options.searcher).table if options.prior else None
+    sensitivity = None if table is None else measure(table)
+    database.create(study, {**settings, "sensitivity": None if sensitivity is None else sensitivity.to_json()})
     return sensitivity
+
+
+def study_settings(
+    session: Session, constraints: Mapping[str, float], budgets: Mapping[str, float], options: SearchOptions
+) -> dict[str, Any]:
+    """What a study is a search of. Milliseconds differ from run to run, so the budgets are kept with it."""
+    return {
+        "model": session.model_fingerprint,
+        "target": session.reference.target.name,
+        "data": session.splits.fingerprint,
+        "constraints": dict(constraints),
+        "options": options.to_json(),
+        "budgets": dict(budgets),
+    }

@@ -130,7 +130,7 @@ def search(
     metric: MetricOption = "accuracy",
     forward: ForwardOption = None,
     target: TargetOption = "ort-cpu",
-    searcher: Annotated[str, typer.Option(help="rl, random or evolution")] = "rl",
+    searcher: Annotated[str, typer.Option(help="rl (the controller), or a name that compare knows")] = "rl",
     algorithm: Annotated[str, typer.Option(help="ppo or reinforce")] = "ppo",
     credit: Annotated[str, typer.Option(help="terminal or per_layer")] = "terminal",
     reward: Annotated[
@@ -160,8 +160,8 @@ def search(
         wanted = {"size": size, "macs": macs, "latency": latency, "accuracy_drop": accuracy_drop}
         constraints = {name: share for name, share in wanted.items() if share is not None}
         options = SearchOptions(
-            searcher=searcher,  # type: ignore[arg-type]  # checked by SearchOptions
-            algorithm=algorithm,  # type: ignore[arg-type]
+            searcher=searcher,
+            algorithm=algorithm,  # type: ignore[arg-type]  # checked by SearchOptions
             credit=credit,  # type: ignore[arg-type]
             reward=_factory(reward, "the reward") if ":" in reward else reward,
             complexity_weight=complexity_weight,
@@ -194,6 +194,74 @@ def search(
                 typer.echo(f"artefact: {out}")
             if complaint:
                 typer.echo(f"constraint missed: {complaint}")
+
+
+@app.command()
+def compare(
+    model: ModelOption,
+    data: DataOption,
+    searchers: Annotated[
+        list[str], typer.Option("--searcher", help="a name, or several times; an unknown one lists all")
+    ],
+    size: Annotated[float | None, typer.Option(help="bytes of the file, as a share of the uncompressed one")] = None,
+    macs: Annotated[float | None, typer.Option(help="multiply-accumulates, as a share")] = None,
+    latency: Annotated[float | None, typer.Option(help="milliseconds at batch 1 on this machine, as a share")] = None,
+    evaluations: Annotated[int, typer.Option(help="of each run")] = 300,
+    seeds: Annotated[int, typer.Option(help="runs of each searcher: seeds 0, 1, ...")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="write the curves to this SVG file")] = None,
+    metric: MetricOption = "accuracy",
+    forward: ForwardOption = None,
+    target: TargetOption = "ort-cpu",
+    space: Annotated[str, typer.Option(help="chain or single")] = "chain",
+    study: Annotated[str, typer.Option(help="the runs are studies whose names begin with this")] = "compare",
+    store: StoreOption = "sqlite:///grainwise.db",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run searchers at equal evaluations over seeds; the same command goes on where it was cut."""
+    from grainwise.plan.space import SpaceKind
+    from grainwise.report.comparison import curves, show_comparison, summary
+    from grainwise.report.plot import plot as draw
+    from grainwise.report.progress import LiveProgress
+
+    with _plain_errors(" ".join(["grainwise", *sys.argv[1:]])):
+        from dataclasses import replace
+
+        from grainwise.api import Observer
+        from grainwise.calibrate import with_latency
+        from grainwise.compare import OPTIONS
+        from grainwise.compare import compare as run
+        from grainwise.search.registry import technique
+        from grainwise.store.studies import Store
+
+        for name in searchers:
+            technique(name)
+        wanted = {"size": size, "macs": macs, "latency": latency}
+        constraints = {name: share for name, share in wanted.items() if share is not None}
+        session = _session(model, data, metric, forward, threads, space=space, target=target)
+        with LiveProgress(evaluations) as live:
+            if latency is not None:
+                live.stage("latency")
+                session = with_latency(session)
+            body = run(
+                session,
+                searchers=searchers,
+                seeds=range(seeds),
+                evaluations=evaluations,
+                constraints=constraints,
+                store=Store(store),
+                study=study,
+                options=replace(OPTIONS, space=SpaceKind(space)),
+                observer=Observer(live.stage, live.progress, live.trial),
+            )
+        if plot is not None:
+            panels = {"best divergence, nats": (curves(body, "divergence"), True)}
+            panels["its metric on the search split"] = curves(body, "metric"), False
+            plot.write_text(draw(panels), encoding="utf-8")
+        if as_json:
+            _print_json({"summary": summary(body), **body})
+        else:
+            show_comparison(body, Console())
 
 
 @app.command()

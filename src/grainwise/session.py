@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from grainwise.evaluate.data import Data, Splits, take
 from grainwise.evaluate.deployed import file_metric, first_sample, race, race_figures
 from grainwise.evaluate.evaluator import Candidate, Evaluator, Scoring
 from grainwise.evaluate.evaluator import other_tensors as packed_tensors
+from grainwise.evaluate.fisher import fisher_sensitivity
 from grainwise.evaluate.measures import DIVERGENCES, Metric, kl_divergence, resolve_metric
 from grainwise.evaluate.sensitivity import measure_sensitivity
 from grainwise.export import artefact
@@ -103,11 +104,11 @@ class Session:
         reference = self.reference
         return feature_statistics(reference.model, reference.graph, reference.calibration, reference.forward)
 
-    def sensitivity(self, progress: Callable[[int, int], None]) -> Sensitivity:
-        scoring = self.evaluator.scoring
-        return measure_sensitivity(
-            self.evaluator.library, self.space, self.splits.search, scoring, progress=progress
-        )
+    def sensitivity(self, progress: Callable[[int, int], None], table: Literal["kl", "fisher"] = "kl") -> Sensitivity:
+        """Scores of every choice: measured one by one (`kl`), or estimated from gradients (`fisher`)."""
+        measure = measure_sensitivity if table == "kl" else fisher_sensitivity
+        evaluator = self.evaluator
+        return measure(evaluator.library, self.space, self.splits.search, evaluator.scoring, progress=progress)
 
     def budgets(self, constraints: Mapping[str, float]) -> dict[str, float]:
         """Absolute budgets from shares of the reference's cost. Raises ValueError for what cannot be a constraint."""

@@ -6,6 +6,7 @@ Letters: T trials, L layers, S structures, P precisions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +20,44 @@ _NOISE = 0.1  # of a divergence, relative: what the additive model cannot expres
 _FLOOR = 0.1  # a score is never believed to be below this share of its first estimate
 
 
-def posterior(prior: Sensitivity, keys: Sequence[Sequence[int]], divergences: Sequence[float]) -> Sensitivity:
-    """The scores after T trials: the posterior mean of Gaussian-process regression with a linear kernel (Rasmussen &
-    Williams 2006, eq. 2.25), every score multiplied by one plus the errors found.
+@dataclass(frozen=True, slots=True)
+class _Errors:
+    """Relative errors of the scores: of all `[]`, of each layer `[L]`, of each choice `[L, S]` and `[L, P]`."""
+
+    all: float
+    layers: NDArray[np.float64]
+    structures: NDArray[np.float64]
+    precisions: NDArray[np.float64]
+
+    @staticmethod
+    def none(prior: Sensitivity) -> _Errors:
+        structures, precisions = np.zeros_like(prior.structures), np.zeros_like(prior.precisions)
+        return _Errors(0.0, np.zeros(len(structures)), structures, precisions)
+
+    @staticmethod
+    def drawn(prior: Sensitivity, rng: np.random.Generator) -> _Errors:
+        own = (_OWN * rng.normal(size=table.shape) for table in (prior.structures, prior.precisions))
+        return _Errors(_ALL * rng.normal(), _LAYER * rng.normal(size=len(prior.structures)), *own)
+
+
+def posterior(
+    prior: Sensitivity,
+    keys: Sequence[Sequence[int]],
+    divergences: Sequence[float],
+    rng: np.random.Generator | None = None,
+) -> Sensitivity:
+    """The scores after T trials: Gaussian-process regression with a linear kernel, every score multiplied by one plus
+    the errors found. The posterior mean (Rasmussen & Williams 2006, eq. 2.25), or with `rng` a sample of the posterior:
+    errors drawn from the prior, corrected by what they leave of the measurements (Matheron's rule; Wilson et al. 2020,
+    eq. 9).
 
     keys: `[T, L]` flat entry numbers s * P + p. divergences: `[T]`, in nats.
     """
+    guess = _Errors.none(prior) if rng is None else _Errors.drawn(prior, rng)
     if not keys:
-        return prior
+        shared = 1 + guess.all + guess.layers
+        tables = (prior.structures, guess.structures), (prior.precisions, guess.precisions)
+        return Sensitivity(*(_corrected(scores, shared, own) for scores, own in tables)) if rng else prior
     numbers, y = np.array(keys), np.array(divergences)
     s, p = np.divmod(numbers, len(PRECISIONS))
     layers = np.arange(numbers.shape[1])
@@ -40,12 +71,17 @@ def posterior(prior: Sensitivity, keys: Sequence[Sequence[int]], divergences: Se
     for own in (own_s, own_p):
         flat = own.reshape(len(y), -1)
         kernel += _OWN**2 * flat @ flat.T
-    noise = (_NOISE * np.maximum(y, 1e-6)) ** 2
-    alpha = np.linalg.solve(kernel + np.diag(noise + 1e-12), y - total)
-    shared = 1 + _ALL**2 * total @ alpha + _LAYER**2 * layer.T @ alpha  # [L]
+    noise = (_NOISE * np.maximum(y, 1e-6)) ** 2 + 1e-12
+    guessed = total * (1 + guess.all) + layer @ guess.layers
+    for own, errors in ((own_s, guess.structures), (own_p, guess.precisions)):
+        guessed += np.einsum("tla,la->t", own, errors)
+    if rng is not None:
+        guessed += np.sqrt(noise) * rng.normal(size=len(y))
+    alpha = np.linalg.solve(kernel + np.diag(noise), y - guessed)
+    shared = 1 + guess.all + guess.layers + _ALL**2 * total @ alpha + _LAYER**2 * layer.T @ alpha  # [L]
     return Sensitivity(
-        _corrected(prior.structures, shared, np.einsum("tla,t->la", own_s, alpha)),
-        _corrected(prior.precisions, shared, np.einsum("tla,t->la", own_p, alpha)),
+        _corrected(prior.structures, shared, guess.structures + _OWN**2 * np.einsum("tla,t->la", own_s, alpha)),
+        _corrected(prior.precisions, shared, guess.precisions + _OWN**2 * np.einsum("tla,t->la", own_p, alpha)),
     )
 
 
@@ -58,5 +94,5 @@ def _one_hot(numbers: NDArray[np.int64], values: NDArray[np.float64], count: int
 def _corrected(
     scores: NDArray[np.float64], shared: NDArray[np.float64], own: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    factors: NDArray[np.float64] = np.maximum(_FLOOR, shared[:, None] + _OWN**2 * own)
+    factors: NDArray[np.float64] = np.maximum(_FLOOR, shared[:, None] + own)
     return np.where(np.isfinite(scores), np.where(np.isfinite(scores), scores, 0.0) * factors, np.inf)

@@ -37,7 +37,7 @@ class Prior:
         self._best: tuple[float, dict[str, Entry]] | None = None
         if sensitivity is None:
             return
-        self.scores = _finite_scores(projection, sensitivity)
+        self.scores = finite_scores(projection, sensitivity)
         self._solve()
         self.set_temperature(temperature)
 
@@ -51,7 +51,7 @@ class Prior:
 
     def learn(self, sensitivity: Sensitivity) -> None:
         """Take better scores; the multipliers stay, a walk scales them to its budget anyway."""
-        self.scores = _finite_scores(self.projection, sensitivity)
+        self.scores = finite_scores(self.projection, sensitivity)
         self._expect()
 
     def improved(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -188,7 +188,7 @@ class Prior:
         return cheapest(self.projection) if self._best is None else dict(self._best[1])
 
 
-def _finite_scores(projection: Projection, sensitivity: Sensitivity) -> Table:
+def finite_scores(projection: Projection, sensitivity: Sensitivity) -> Table:
     """`[L, S, P]` scores; entries that are legal but have no finite score count as worse than all others."""
     scores = np.stack([sensitivity.pairs(index) for index in range(len(projection.space.layers))])
     finite = scores[np.isfinite(scores)]

@@ -1,0 +1,109 @@
+"""Changing a whole profile by single entries: reduce it until the budgets hold, and exchange entries around it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grainwise.plan.choices import PRECISIONS, Entry
+from grainwise.plan.prices import COSTS
+from grainwise.plan.projection import BLOCK_STUDENTS, Projection
+from grainwise.search.draft import Draft
+from grainwise.search.prior import Table, cheapest, fill, stripped_score
+
+_FREE = 1e-9  # nats: changes that cost less than this are as good as free
+
+
+def reduce(draft: Draft, scores: Table, projection: Projection, keep: Collection[int] = ()) -> bool:
+    """Take, again and again, the one change that saves most cost per score, until every budget holds.
+
+    Cost is the sum of what exceeds the budgets, each in units of its budget; more is not saved by going below one.
+    scores: `[L, S, P]`. keep: layers that stay as they are. False when the budgets are still exceeded and no single
+    change saves any more. Changes `draft` in place.
+    """
+    budget = projection.budget
+    weight = np.where(np.isfinite(budget), projection.weight, 0.0)
+    excess = np.where(np.isfinite(budget), draft.total - budget, 0.0)
+    while (excess > 0).any():
+        best, found = 0.0, None
+        for index in (i for i in range(len(draft.layers)) if i not in keep):
+            changes = draft.changes(index)
+            legal = np.isfinite(changes[..., 0])
+            after = np.maximum(0.0, excess + np.where(legal[..., None], changes, 0.0))
+            saved = np.where(legal, (np.maximum(0.0, excess) - after) @ weight, 0.0)
+            value = saved / np.maximum(_FREE, rises(draft, scores, index))
+            number = int(value.argmax())
+            if saved.flat[number] > 1e-12 and value.flat[number] > best:
+                best, found = float(value.flat[number]), (index, *divmod(number, len(PRECISIONS)))
+        if found is None:
+            return False
+        draft.replace(*found)
+        excess = np.where(np.isfinite(budget), draft.total - budget, 0.0)
+    return True
+
+
+def score_of(draft: Draft, scores: Table) -> float:
+    """Sum of the scores of a profile's entries."""
+    return float(sum(scores[index, s, p] for index, (s, p) in enumerate(draft.numbers)))
+
+
+def rises(draft: Draft, scores: Table, index: int) -> NDArray[np.float64]:
+    """`[S, P]` how much the profile's score rises when layer `index` takes the entry instead."""
+    rise: NDArray[np.float64] = scores[index] - scores[index][draft.numbers[index]]
+    for s in BLOCK_STUDENTS:
+        rise[s] -= stripped_score(draft, scores, index, s)
+    return rise
+
+
+def reduced(projection: Projection, scores: Table) -> dict[str, Entry]:
+    """The greedy solution: the uncompressed network reduced to the budgets, then its slack filled.
+
+    Where single changes end in a corner above a budget, the cheapest profile is taken instead.
+    """
+    draft = Draft(projection.cost, {})
+    if not reduce(draft, scores, projection):
+        draft = Draft(projection.cost, cheapest(projection))
+    fill(draft, scores, projection.budget)
+    return draft.entries()
+
+
+def exchange(
+    projection: Projection,
+    entries: Mapping[str, Entry],
+    scores: Table,
+    rng: np.random.Generator,
+    temperature: float = 1.0,
+) -> dict[str, Entry] | None:
+    """A neighbour of a profile: one layer takes another entry, others pay for it, and what is left over is spent.
+
+    The layer is drawn uniformly and its entry by rank, with weight rank ** (-2 / temperature): entries rank by how much
+    the score rises for what they save, as in the Lagrangian at the price that the profile itself pays for its last
+    byte. None when the budgets cannot be met around the change.
+    """
+    draft = Draft(projection.cost, entries)
+    index = int(rng.integers(len(draft.layers)))
+    changes = draft.changes(index)
+    legal = np.isfinite(changes[..., 0])
+    legal[draft.numbers[index]] = False
+    numbers = np.flatnonzero(legal)
+    if not len(numbers):
+        return None
+    costs = changes.reshape(-1, len(COSTS))[numbers] @ np.where(np.isfinite(projection.budget), projection.weight, 0.0)
+    value = rises(draft, scores, index).ravel()[numbers] + _price(draft, scores, projection) * costs
+    chances = np.arange(1, len(numbers) + 1, dtype=np.float64) ** (-2 / temperature)
+    drawn = int(numbers[np.argsort(value, kind="stable")][rng.choice(len(numbers), p=chances / chances.sum())])
+    draft.replace(index, *divmod(drawn, len(PRECISIONS)))
+    if not reduce(draft, scores, projection, keep={index}):
+        return None
+    fill(draft, scores, projection.budget, keep={index})
+    return draft.entries()
+
+
+def _price(draft: Draft, scores: Table, projection: Projection) -> float:
+    """Score per (relative) cost at which the profile trades: its mean over the layers."""
+    full = projection.cost.total({})
+    finite = np.isfinite(projection.budget)
+    saved = float(((full - draft.total)[finite] * projection.weight[finite]).sum())
+    return score_of(draft, scores) / max(saved, 1e-9)
