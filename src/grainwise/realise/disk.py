@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grainwise.graph.forward import tensors_in
 from grainwise.plan.version import code_version
-from grainwise.realise.reference import Reference, fingerprint
+from grainwise.realise.reference import Reference, fingerprint, tensors_digest
 
 LIMIT_BYTES = 4 * 2**30
 _ROOM = 0.9  # of the limit that is left after a removal, so that not every new file removes one
@@ -118,17 +118,15 @@ class VariantsOnDisk:
     def _hessian(self, layer: str) -> str:
         """Of a layer's H: the sums of another processor or number of threads may differ in their last bits."""
         if layer not in self._hessians:
-            self._hessians[layer] = _digest("", "", {"": self._reference.hessians[layer]})
+            self._hessians[layer] = tensors_digest([self._reference.hessians[layer]])
         return self._hessians[layer]
 
     @cached_property
     def _origin(self) -> str:
-        reference, digest = self._reference, hashlib.sha256()
+        reference = self._reference
         facts = [code_version(*_SOURCES), torch.__version__, fingerprint(reference.model), repr(reference.target)]
-        digest.update(json.dumps(facts).encode())
-        for batch in reference.calibration:
-            digest.update(_digest("", "", {str(n): t for n, t in enumerate(tensors_in(batch))}).encode())
-        return digest.hexdigest()
+        facts += [tensors_digest(tensors_in(batch)) for batch in reference.calibration]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _digest(key: str, spec: str, tensors: Mapping[str, Tensor]) -> str:
