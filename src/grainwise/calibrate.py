@@ -33,7 +33,12 @@ def with_latency(session: Session) -> Session:
     if evaluator.marked is None:
         raise ValueError(f"the target {reference.target.name} has no runtime to time: latency cannot be a constraint")
     shapes = input_shapes(reference.model, session.example, reference.forward, graph)
-    table = LatencyTable(evaluator.marked, shapes, grids(session.space), KernelTimes(reference.target))
+    table = LatencyTable(
+        evaluator.marked,
+        shapes,
+        grids(session.space),
+        KernelTimes(reference.target, remember=evaluator.sharing.latency),
+    )
     table.prepare(session.space)
     profiles = calibration_profiles(session.space, np.random.default_rng(0))
     measured = whole_ms(session, profiles)
@@ -47,7 +52,7 @@ def with_latency(session: Session) -> Session:
         offset_ms=table.offset_ms,
     )
     cost = CostModel(session.space, other_tensors(evaluator.marked, reference.base), prices)
-    timed = Evaluator(evaluator.library, session.splits, cost, evaluator.scoring, evaluator.marked)
+    timed = Evaluator(evaluator.library, session.splits, cost, evaluator.scoring, evaluator.marked, evaluator.sharing)
     return replace(session, cost=cost, evaluator=timed)
 
 

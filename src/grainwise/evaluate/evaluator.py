@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grainwise.evaluate.data import Batch, Splits
 from grainwise.evaluate.measures import DIVERGENCES, METRICS, Divergence, Metric, checked
 from grainwise.evaluate.prefix import PrefixRuns
-from grainwise.evaluate.sharing import Sharing
+from grainwise.evaluate.sharing import EVERYTHING, Sharing
 from grainwise.evaluate.standin import stand_in
 from grainwise.evaluate.timing import device_name
 from grainwise.export.graph import MarkedGraph, file_bytes
@@ -117,7 +117,7 @@ class Evaluator:
         cost: CostModel,
         scoring: Scoring,
         marked: MarkedGraph | None = None,
-        sharing: Sharing = Sharing(),
+        sharing: Sharing = EVERYTHING,
     ) -> None:
         self.library = library
         self.splits = splits
@@ -184,7 +184,13 @@ class Evaluator:
         own = scoring.metric in METRICS.values() and scoring.divergence in DIVERGENCES.values()
         if not (self.sharing.measurements and own and scoring.forward is default_forward):
             return ""
-        facts = [code_version(*_SOURCES), torch.__version__, torch.get_num_threads(), device_name(), repr(reference.target)]
+        facts = [
+            code_version(*_SOURCES),
+            torch.__version__,
+            torch.get_num_threads(),
+            device_name(),
+            repr(reference.target),
+        ]
         digest = hashlib.sha256(json.dumps(facts).encode())
         digest.update(f"{scoring.metric.__name__} {scoring.divergence.__name__}".encode())
         digest.update(fingerprint(reference.model).encode())

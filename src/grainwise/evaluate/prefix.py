@@ -23,7 +23,9 @@ from grainwise.graph.program import Key, Kind, Program
 from grainwise.graph.skeleton import Skeleton
 from grainwise.realise.norms import Standard, matched
 
-KEEP_SECONDS = 0.3e-9  # a byte: what is kept cannot be reused, and fresh memory is 4096 bytes a page fault of about 1 us
+KEEP_SECONDS = (
+    0.3e-9  # a byte: what is kept cannot be reused, and fresh memory is 4096 bytes a page fault of about 1 us
+)
 _REMEMBERED = 200_000  # keys of values that were computed before, 16 bytes each
 
 
@@ -216,7 +218,9 @@ class PrefixRuns:
             return
         size = held_bytes(value)
         while self.kept_bytes + size > self.limit_bytes:
-            least = min((k for k, v in self._kept.items() if k == key or (v.bytes and k not in pinned)), key=self._worth)
+            least = min(
+                (k for k, v in self._kept.items() if k == key or (v.bytes and k not in pinned)), key=self._worth
+            )
             self._drop(least)
             if least == key:
                 return

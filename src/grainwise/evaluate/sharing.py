@@ -24,3 +24,7 @@ class Sharing:
     """Measurements of the same profile in other studies of the store."""
     latency: bool = True
     """Kernel times of earlier runs on this machine."""
+
+
+EVERYTHING = Sharing()
+"""What can be shared without leaving anything on the disk but kernel times and the store."""

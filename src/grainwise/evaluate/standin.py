@@ -20,8 +20,9 @@ SAMPLES = 2  # a batch of one would hide the batch dimension
 
 
 def stand_in(reference: Reference, batches: Sequence[Batch]) -> Skeleton | None:
-    """The skeleton of the reference's module if it computes the same in all that a search changes on these batches, else
-    None: a network that torch.export cannot show, with layers that the graph hides, or pictures of several sizes.
+    """The skeleton of the reference's module if it computes the same in all that a search changes on these batches.
+
+    None for a network that torch.export cannot show, with layers that the graph hides, or pictures of several sizes.
     """
     inputs = take(batches, SAMPLES)[0].inputs
     if any(_shapes(batch.inputs) != _shapes(inputs) for batch in batches):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -119,13 +120,14 @@ def _step(node: fx.Node, number: dict[fx.Node, int], inputs: Iterator[int], func
     kinds = {"placeholder": Kind.INPUT, "get_attr": Kind.STORED, "call_module": Kind.MODULE}
     kind = kinds.get(node.op, Kind.CALL)
     target = next(inputs) if kind is Kind.INPUT else function
-    args = () if kind is Kind.INPUT else fx.node.map_arg(node.args, lambda n: _Value(number[n]))
-    kwargs = fx.node.map_arg(node.kwargs, lambda n: _Value(number[n]))
-    read = tuple(number[n] for n in node.all_input_nodes)
-    plain = sum(isinstance(a, _Value) for a in args)
-    listed = sum(1 for a in node.args if isinstance(a, fx.Node))
-    flat = plain == listed and len(_values((args, kwargs))) == plain
-    return Step(kind, target, tuple(args), dict(kwargs), read, flat)
+
+    def value(read: fx.Node) -> Any:
+        return _Value(number[read])
+
+    args: Any = () if kind is Kind.INPUT else fx.node.map_arg(node.args, value)
+    kwargs: Any = fx.node.map_arg(node.kwargs, value)
+    flat = len(_values((args, kwargs))) == sum(isinstance(a, _Value) for a in args)
+    return Step(kind, target, tuple(args), dict(kwargs), tuple(map(number.__getitem__, node.all_input_nodes)), flat)
 
 
 def _values(argument: Any) -> list[_Value]:
@@ -157,12 +159,12 @@ def _filled(argument: Any, values: Sequence[Any]) -> Any:
 # -- functions that write to what they are given
 
 
-def _function(node: fx.Node) -> Callable[..., Any]:
+def _function(node: fx.Node) -> Any:
     """What a node calls; the twin that leaves its argument alone where it writes to it. Raises NotShared."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return target
-    if torch.Tag.nondeterministic_seeded in target.tags:
+    if torch.Tag.nondeterministic_seeded in target.tags and not _drops_nothing(node):
         raise NotShared(f"{target} draws random numbers")
     if not target._schema.is_mutable:
         return target
@@ -171,24 +173,37 @@ def _function(node: fx.Node) -> Callable[..., Any]:
     written = node.args[0] if node.args else None
     if twin is None or twin._schema.is_mutable or not isinstance(written, fx.Node) or _read_later(written, node):
         raise NotShared(f"{target} writes to a value that other operations read")
-    return twin  # type: ignore[no-any-return]
+    return twin
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Attention whose dropout is off: it alone is said to draw random numbers when it does not."""
+    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    return node.target is torch.ops.aten.scaled_dot_product_attention.default and dropout == 0.0
 
 
 def _read_later(written: fx.Node, writer: fx.Node) -> bool:
     """Whether anything reads the memory of `written` after `writer` other than through what the writer returns."""
-    while True:
-        if written.op in ("placeholder", "get_attr") or any(user > writer for user in written.users):
-            return True
-        source = _viewed(written)
-        if source is None:
-            return any(_viewed(user) is not None and user is not writer for user in written.users)
-        written = source
+    base = written
+    while (source := _viewed(base)) is not None:
+        base = source
+    if base.op in ("placeholder", "get_attr"):
+        return True
+    same_memory = [base]
+    for node in same_memory:
+        for user in node.users:
+            if user > writer:
+                return True
+            if user is not writer and _viewed(user) is node:
+                same_memory.append(user)
+    return False
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:
     """The value whose memory `node` may be, if any."""
     target: Any = node.target
     point = node.op == "call_module" and str(target).startswith(f"{POINTS}.")
+    part = target is operator.getitem
     view = isinstance(target, torch._ops.OpOverload) and any(r.alias_info for r in target._schema.returns)
-    source = node.args[0] if (point or view) and node.args else None
+    source = node.args[0] if (point or part or view) and node.args else None
     return source if isinstance(source, fx.Node) else None

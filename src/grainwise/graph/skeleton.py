@@ -92,7 +92,8 @@ class Join:
 class Skeleton:
     """module: maps the batch's tensors, in their order, to the output; children at the user's paths, points at
     `points.NAME`, sums at `joins.NAME`. units: by layer. joins, points: in the order in which they run. graph: all that
-    runs, in order. inputs: names of the inputs. missing: layers that the graph does not show as one plain operation, with the reason.
+    runs, in order. inputs: names of the inputs. missing: layers that the graph does not show as one plain operation,
+    with the reason.
     """
 
     module: SkeletonModule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from grainwise.graph.narrow import refresh_widths
 from grainwise.plan.layers import Coupling, Slot
 
 _Made = TypeVar("_Made")
+_Cuts = Mapping[str, Sequence[tuple[Slot, tuple[int, ...]]]]  # by attribute: where units sit, and those that stay
 
 
 class Once(Protocol):
@@ -21,7 +23,7 @@ class Once(Protocol):
 
 
 def fresh_tree(module: nn.Module) -> nn.Module:
-    """The same modules under new containers, so that parts can be replaced. Tensors and childless modules are shared."""
+    """The same modules under new containers, to replace parts of; tensors and childless modules are shared."""
     return _fresh(module, {})
 
 
@@ -68,25 +70,25 @@ class Narrower:
             if source._modules or not path:  # a container, which is this tree's own
                 _cut(source, cuts, once)
                 continue
-            units = tuple((c, kept[c]) for c in dict.fromkeys(c for slots in attributes.values() for c, _ in slots if c in kept))
-
-            def make(source: nn.Module = source, cuts: Mapping[str, list[tuple[Slot, tuple[int, ...]]]] = cuts) -> nn.Module:
-                twin = _shallow(source)
-                _cut(twin, cuts, once)
-                refresh_widths(twin)
-                return twin
-
+            units = frozenset((c, kept[c]) for slots in attributes.values() for c, _ in slots if c in kept)
             # `source` belongs to the reference or to a student, which live as long as what `once` remembers.
-            tree.set_submodule(path, once(("narrowed", path, id(source), units), make))
+            key = "narrowed", path, id(source), units
+            tree.set_submodule(path, once(key, partial(_narrowed, source, cuts, once)))
 
 
-def _cut(module: nn.Module, cuts: Mapping[str, list[tuple[Slot, tuple[int, ...]]]], once: Once) -> None:
+def _narrowed(module: nn.Module, cuts: _Cuts, once: Once) -> nn.Module:
+    twin = _shallow(module)
+    _cut(twin, cuts, once)
+    refresh_widths(twin)
+    return twin
+
+
+def _cut(module: nn.Module, cuts: _Cuts, once: Once) -> None:
     for attribute, slots in cuts.items():
         if slots:
-            tensor = getattr(module, attribute)
+            tensor = getattr(module, attribute)  # several modules may hold one tensor, and hold one afterwards
             units = tuple((slot.dim, slot.indices, left) for slot, left in slots)
-            cut = once(("cut", id(tensor), units), lambda tensor=tensor, slots=slots: _left(tensor, slots))
-            setattr(module, attribute, cut)
+            setattr(module, attribute, once(("cut", id(tensor), units), partial(_left, tensor, slots)))
 
 
 def _left(tensor: Tensor, slots: Sequence[tuple[Slot, tuple[int, ...]]]) -> Tensor:
@@ -94,7 +96,8 @@ def _left(tensor: Tensor, slots: Sequence[tuple[Slot, tuple[int, ...]]]) -> Tens
     stays: dict[int, Tensor] = {}
     for slot, units in slots:
         mask = stays.setdefault(slot.dim, torch.ones(tensor.shape[slot.dim], dtype=torch.bool))
-        mask[[position for unit in set(range(len(slot.indices))) - set(units) for position in slot.indices[unit]]] = False
+        removed = set(range(len(slot.indices))) - set(units)
+        mask[[position for unit in removed for position in slot.indices[unit]]] = False
     cut = tensor.detach()
     for dim, mask in stays.items():
         cut = cut.index_select(dim, mask.nonzero().flatten())

@@ -49,7 +49,7 @@ class VariantsOnDisk:
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
             if about["key"] == text and about["sha256"] == _digest(text, about["spec"], tensors):
                 os.utime(path)
                 self.hits += 1
@@ -134,5 +134,5 @@ def _digest(key: str, spec: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps([key, spec]).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
