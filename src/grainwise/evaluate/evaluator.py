@@ -17,7 +17,7 @@ from grainwise.evaluate.data import Batch, Splits
 from grainwise.evaluate.measures import DIVERGENCES, METRICS, Divergence, Metric, checked
 from grainwise.evaluate.prefix import PrefixRuns
 from grainwise.evaluate.sharing import EVERYTHING, Sharing
-from grainwise.evaluate.standin import stand_in
+from grainwise.evaluate.standin import shapes_of, stand_in
 from grainwise.evaluate.timing import device_name
 from grainwise.export.graph import MarkedGraph, file_bytes
 from grainwise.export.weights import stored_tensors, weights_bytes
@@ -92,6 +92,16 @@ class Scoring:
     forward: Forward
 
 
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A candidate to be ranked. size_bytes: of the packed weights of the user's own module; None where the size of a
+    file is predicted.
+    """
+
+    model: nn.Module
+    size_bytes: int | None
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A network as it will be deployed. file: its ONNX file, None for the packed target."""
@@ -148,7 +158,7 @@ class Evaluator:
 
         known: measurements of profiles by their `key`. Layers of all profiles are solved before the first one runs.
         """
-        waiting: dict[int, nn.Module] = {}
+        waiting: dict[int, _Built] = {}
         for number, entries in enumerate(profiles):
             found = known(key) if (key := self.key(entries)) else None
             if found is not None:  # milliseconds are this session's
@@ -158,15 +168,15 @@ class Evaluator:
                 waiting[number] = self._built(entries)
             except BUILD_ERRORS as error:
                 yield number, Failure("build", str(error).splitlines()[0])
-        numbers, models = list(waiting), list(waiting.values())
-        waiting.clear()
-        for place in range(len(models)) if self.prefixes is None else self.prefixes.schedule(models):
-            entries = profiles[numbers[place]]
+        numbers = list(waiting)
+        if self.prefixes is not None:
+            numbers = [numbers[place] for place in self.prefixes.schedule([b.model for b in waiting.values()])]
+        for number in numbers:
             try:
-                outcome: Outcome = self._ranked(models[place], entries)
+                outcome: Outcome = self._ranked(waiting.pop(number), profiles[number])
             except BUILD_ERRORS as error:
                 outcome = Failure("evaluate", str(error).splitlines()[0])
-            yield numbers[place], outcome
+            yield number, outcome
 
     def key(self, entries: Mapping[str, Entry]) -> str:
         """What decides the measurement of `entries` but for its milliseconds, as a digest; empty when that is not known
@@ -202,7 +212,10 @@ class Evaluator:
     def form(self) -> Skeleton | None:
         """The skeleton that ranked candidates run as, None where the network cannot be shown as one."""
         reference = self.library.reference
-        return reference.skeleton or stand_in(reference, self.splits.search)
+        if reference.skeleton is not None:
+            return reference.skeleton
+        search = self.splits.search
+        return self.library.once(("form", shapes_of(search)), lambda: stand_in(reference, search))
 
     @cached_property
     def prefixes(self) -> PrefixRuns | None:
@@ -214,26 +227,28 @@ class Evaluator:
         except NotShared:
             return None
 
-    def _built(self, entries: Mapping[str, Entry]) -> nn.Module:
-        """A candidate to be ranked."""
+    def _built(self, entries: Mapping[str, Entry]) -> _Built:
         library = self.library if self.sharing.variants else VariantLibrary(self.library.reference)
-        return build(library, entries) if self.form is None else assemble(library, entries, self.form)
+        if self.form is None:
+            model = build(library, entries)
+            return _Built(model, weights_bytes(model))
+        model = assemble(library, entries, self.form)
+        if self.marked is not None:
+            return _Built(model, None)
+        return _Built(model, weights_bytes(assemble(library, entries, self.reference_model)))
 
-    def _ranked(self, model: nn.Module, entries: Mapping[str, Entry]) -> Measurement:
-        """The measurement in one pass. model: as `_built` gives it."""
+    def _ranked(self, built: _Built, entries: Mapping[str, Entry]) -> Measurement:
+        """The measurement in one pass."""
 
         def standards() -> Sequence[Standard]:
             return standards_of(self.library, entries, self._standards)
 
         if self.prefixes is not None:
-            outputs = self.prefixes.outputs(model, standards)
+            outputs = self.prefixes.outputs(built.model, standards)
         else:
             forward = self.scoring.forward if self.form is None else skeleton_forward
-            outputs = matched_outputs(model, self.splits.search, forward, standards())
-        size = None
-        if self.marked is None:  # bytes of the user's module, which a stand-in is not
-            size = weights_bytes(model if self.form is None else assemble(self.library, entries, self.reference_model))
-        return self._judged(outputs, entries, size)
+            outputs = matched_outputs(built.model, self.splits.search, forward, standards())
+        return self._judged(outputs, entries, built.size_bytes)
 
     def _judged(self, outputs: Tensor, entries: Mapping[str, Entry], size_bytes: int | None) -> Measurement:
         size, macs, latency = self.cost.total(entries)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ def stand_in(reference: Reference, batches: Sequence[Batch]) -> Skeleton | None:
     None for a network that torch.export cannot show, with layers that the graph hides, or pictures of several sizes.
     """
     inputs = take(batches, SAMPLES)[0].inputs
-    if any(_shapes(batch.inputs) != _shapes(inputs) for batch in batches):
+    if len(set(shapes_of(batches))) > 1:
         return None
     graph = reference.graph
     try:
@@ -43,9 +42,12 @@ def stand_in(reference: Reference, batches: Sequence[Batch]) -> Skeleton | None:
     return None if free and fault(skeleton.module, inputs, skeleton_forward, free) else skeleton
 
 
-def _shapes(inputs: Any) -> list[tuple[int, ...]]:
-    """What the graph takes as constant: all dimensions but those of samples and of tokens."""
-    return [tuple(t.shape[1:]) if t.is_floating_point() else (t.dim(),) for t in tensors_in(inputs)]
+def shapes_of(batches: Sequence[Batch]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """By batch and tensor what a graph takes as constant: all dimensions but those of samples and of tokens."""
+    return tuple(
+        tuple(tuple(t.shape[1:]) if t.is_floating_point() else (t.dim(),) for t in tensors_in(batch.inputs))
+        for batch in batches
+    )
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

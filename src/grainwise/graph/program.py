@@ -179,7 +179,7 @@ def _function(node: fx.Node) -> Any:
 def _drops_nothing(node: fx.Node) -> bool:
     """Attention whose dropout is off: it alone is said to draw random numbers when it does not."""
     dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-    return node.target is torch.ops.aten.scaled_dot_product_attention.default and dropout == 0.0
+    return bool(node.target is torch.ops.aten.scaled_dot_product_attention.default and dropout == 0.0)
 
 
 def _read_later(written: fx.Node, writer: fx.Node) -> bool:

@@ -22,6 +22,19 @@ class Once(Protocol):
     def __call__(self, key: Hashable, make: Callable[[], _Made]) -> _Made: ...
 
 
+class _Very:
+    """A part of a key that only the very same object equals; it lives as long as the key."""
+
+    def __init__(self, held: object) -> None:
+        self._held = held
+
+    def __hash__(self) -> int:
+        return id(self._held)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Very) and other._held is self._held
+
+
 def fresh_tree(module: nn.Module) -> nn.Module:
     """The same modules under new containers, to replace parts of; tensors and childless modules are shared."""
     return _fresh(module, {})
@@ -71,9 +84,7 @@ class Narrower:
                 _cut(source, cuts, once)
                 continue
             units = frozenset((c, kept[c]) for slots in attributes.values() for c, _ in slots if c in kept)
-            # `source` belongs to the reference or to a student, which live as long as what `once` remembers.
-            key = "narrowed", path, id(source), units
-            tree.set_submodule(path, once(key, partial(_narrowed, source, cuts, once)))
+            tree.set_submodule(path, once(("narrowed", source, units), partial(_narrowed, source, cuts, once)))
 
 
 def _narrowed(module: nn.Module, cuts: _Cuts, once: Once) -> nn.Module:
@@ -88,7 +99,7 @@ def _cut(module: nn.Module, cuts: _Cuts, once: Once) -> None:
         if slots:
             tensor = getattr(module, attribute)  # several modules may hold one tensor, and hold one afterwards
             units = tuple((slot.dim, slot.indices, left) for slot, left in slots)
-            setattr(module, attribute, once(("cut", id(tensor), units), partial(_left, tensor, slots)))
+            setattr(module, attribute, once(("cut", _Very(tensor), units), partial(_left, tensor, slots)))
 
 
 def _left(tensor: Tensor, slots: Sequence[tuple[Slot, tuple[int, ...]]]) -> Tensor:

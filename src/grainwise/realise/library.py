@@ -56,7 +56,7 @@ class VariantLibrary:
         self._narrower = Narrower(graph.couplings, skip=own)
         self._made: dict[Hashable, object] = {}
 
-    def _once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+    def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
         """The value under `key`, made at the first call."""
         if key not in self._made:
             self._made[key] = make()
@@ -64,7 +64,7 @@ class VariantLibrary:
 
     def kept_units(self, coupling: str, count: int) -> tuple[int, ...]:
         """The `count` units of a coupling that its readers need most, ascending."""
-        return self._once(("units", coupling, count), lambda: tuple(sorted(self._ranked(coupling)[:count].tolist())))
+        return self.once(("units", coupling, count), lambda: tuple(sorted(self._ranked(coupling)[:count].tolist())))
 
     def _ranked(self, coupling: str) -> Tensor:
         def rank() -> Tensor:
@@ -75,7 +75,7 @@ class VariantLibrary:
                 self.disk.save({"ranked": coupling}, None, {"order": order})
             return order
 
-        return self._once(("ranked", coupling), rank)
+        return self.once(("ranked", coupling), rank)
 
     def positions(self, layer: Layer, kept: Kept) -> tuple[Tensor | None, Tensor | None]:
         """(input channels, output channels) of `layer` that are left, None where nothing was cut."""
@@ -90,15 +90,15 @@ class VariantLibrary:
             cut = tuple(None if p is None else tuple(p.tolist()) for p in (inputs, outputs))
             return (inputs, outputs), (cut[0], cut[1])
 
-        return self._once(("cut", layer.name, *relevant.items()), find)
+        return self.once(("cut", layer.name, *relevant.items()), find)
 
     def narrow(self, tree: nn.Module, kept: Kept) -> None:
         """Cut what stands beside the layers of a `fresh_tree`, in place: norms and the like."""
-        self._narrower.narrow(tree, kept, self._once)
+        self._narrower.narrow(tree, kept, self.once)
 
     def point(self, name: str) -> EightBit:
         """The one module of all candidates that keep the point `name` in 8 bits."""
-        return self._once(("point", name), lambda: EightBit().eval())
+        return self.once(("point", name), lambda: EightBit().eval())
 
     def layer(self, layer: Layer, entry: Entry, kept: Kept, student: tuple[Block, int] | None = None) -> nn.Module:
         """The realised module of `layer` under `entry`, with only the kept channels.
@@ -114,14 +114,14 @@ class VariantLibrary:
 
         def make() -> nn.Module:
             with torch.no_grad():
-                structure = self._once(("structure", *place, entry.structure), solve)
+                structure = self.once(("structure", *place, entry.structure), solve)
                 return realise(structure, entry.precision, self.reference.target).eval().requires_grad_(False)
 
         def find() -> nn.Module:
             key = {"layer": layer.name, "cut": cut, "student": place[2], "entry": str(entry)}
             return self._kept(key, make, describe, construct)
 
-        return self._once(("layer", *place, entry), find)
+        return self.once(("layer", *place, entry), find)
 
     def _kept(
         self,
@@ -167,7 +167,7 @@ class VariantLibrary:
                 self.reference.forward(self.reference.model, self.reference.calibration[0])
             return torch.cat([inputs for inputs, _ in pairs])[:SAMPLES].clone()
 
-        sample = self._once(("sample", layer.name), record)
+        sample = self.once(("sample", layer.name), record)
         inputs, _ = self.positions(layer, kept)
         return sample if inputs is None else sample.index_select(1 if layer.geometry.kernel else -1, inputs)
 
@@ -181,7 +181,7 @@ class VariantLibrary:
             key = {"block": block.name, "units": units}
             return self._kept(key, lambda: self._train(block, units), lambda _: None, shape)
 
-        return self._once(("student", block.name, units), find)
+        return self.once(("student", block.name, units), find)
 
     def _narrowed(self, block: Block, units: int) -> nn.Module:
         """The network with the inner coupling of `block` cut to `units`, nothing re-fitted."""
