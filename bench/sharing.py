@@ -6,8 +6,8 @@ ResNet-20 on 512 pictures with all methods, MiniLM on 256 words with pruning and
 profiles are those of a controller's search, in its batches of 16. The naive loop is what one would write first: copy
 the network in float32, solve every changed layer, estimate batch norm on the calibration split, evaluate; it has H and
 the reference's outputs beforehand, and runs on the first profiles only. Then kinds are added one by one, and each is
-left out of the full set. Layers are solved before the clock starts where the library is shared; the seconds that this
-took are given, and so is a search that begins with nothing. One process, one thread, wall-clock seconds.
+left out of the full set where that is not a row already. Where the library is shared, its layers are solved before the
+clock starts; `layers solved as they come` is a search that begins with none. One process, one thread, wall clock.
 Writes bench/results/sharing.json.
 """
 
@@ -40,7 +40,7 @@ from grainwise.plan.projection import Projection
 from grainwise.realise.build import build, standards_of
 from grainwise.realise.disk import VariantsOnDisk
 from grainwise.realise.library import VariantLibrary
-from grainwise.realise.norms import reestimate_norms
+from grainwise.realise.norms import norms, reestimate_norms
 from grainwise.search.driver import BATCH, Budget, Judge, search
 from grainwise.session import Session
 from grainwise.store.studies import Store
@@ -136,7 +136,8 @@ def plain_loop(subject: Subject, profiles: Sequence[Profile], *, fast_layout: bo
         library = evaluator.library if variants else VariantLibrary(evaluator.library.reference)
         model: nn.Module = copy.deepcopy(build(library, entries)).to(memory_format=layout)  # type: ignore[call-overload]
         standards = standards_of(library, entries, library.reference.standards)
-        reestimate_norms(model, calibration, evaluator.forward, standards)
+        if any(norms(model)):
+            reestimate_norms(model, calibration, evaluator.forward, standards)
         found.append(evaluator._judged(outputs_of(model, searched, evaluator.forward), entries, None))
     return found
 
@@ -172,11 +173,6 @@ def rows_of(subject: Subject, naive: int) -> Iterator[tuple[str, Callable[[], li
         yield from _later_searches(subject, Path(folder))
     yield "everything but the reference's outputs", evaluated(reference=False)
     yield "everything but the variant library", lambda: few_only(subject, naive, replace(EVERYTHING, variants=False))
-    yield (
-        "everything but batch norm in the same pass",
-        lambda: plain_loop(subject, subject.profiles, fast_layout=True, variants=True),
-    )
-    yield "everything but prefix activations", evaluated(prefixes=False)
     yield "everything but channels-last memory", lambda: without_channels_last(subject)
 
 

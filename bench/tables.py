@@ -182,7 +182,6 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "controller": ("docs/controller.md", controller),
     "methods": ("docs/methods.md", methods),
     "latency": ("docs/latency.md", latency),
-    "sharing": ("docs/sharing.md", sharing),
 }
 
 
