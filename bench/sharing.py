@@ -161,6 +161,7 @@ def rows_of(subject: Subject, naive: int) -> Iterator[tuple[str, Callable[[], li
         return lambda: shared_loop(subject, subject.evaluator(replace(EVERYTHING, **switches)))
 
     yield "naive loop", lambda: plain_loop(subject, few, fast_layout=False, variants=False)
+    yield "naive loop, layers solved beforehand", lambda: plain_loop(subject, few, fast_layout=False, variants=True)
     yield "+ channels-last memory", lambda: plain_loop(subject, few, fast_layout=True, variants=False)
     yield "+ variant library", lambda: plain_loop(subject, subject.profiles, fast_layout=True, variants=True)
     yield "+ batch norm in the same pass, shared modules", evaluated(prefixes=False)
