@@ -177,11 +177,77 @@ def sharing() -> str:
     return "\n\n".join([*parts, note])
 
 
+def deploy() -> str:
+    """One table a network: every file of its race, then what the search has against each uniform one."""
+    if not (RESULTS / "deploy.json").exists():
+        return "No results yet: `python -m bench.deploy`."
+    return "\n\n".join(_deployed(part) for part in _read("deploy").values() if part.get("races"))
+
+
+def _deployed(part: dict[str, Any]) -> str:
+    races = part["races"]
+    times = {(number, file["name"]): file for number, race in enumerate(races) for file in race["files"]}
+    reference = part["rows"][0]
+    head = ["file", "metric", "drop, points", "bytes", "size", *(f"time, batch {race['batch']}" for race in races)]
+    lines = [
+        [
+            row["name"],
+            f"{100 * row['metric']:.2f}",
+            f"{100 * (reference['metric'] - row['metric']):.2f}",
+            f"{row['size_bytes']:,}",
+            f"{row['size_ratio']:.4f}",
+            *(f"{times[number, row['name']]['latency_ratio']:.3f}" for number in range(len(races))),
+            row["kernels"] or "none",
+        ]
+        for row in part["rows"]
+        if "failed" not in row
+    ]
+    first, full = races[0], races[0]["files"][0]
+    spreads = ", ".join(f"{race['noise']:.3f} at batch {race['batch']}" for race in races)
+    files = [{**times[0, row["name"]], **row} for row in part["rows"] if "failed" not in row]
+    note = (
+        f"Times are ratios of {first['clock']} to the uncompressed file, which takes {full['p50_ms']:.3f} ms (p50; p95 "
+        f"{full['p95_ms']:.3f}) at batch {first['batch']}; against itself it is off by {spreads}. "
+        f"{part['evaluations']} evaluations for each search, seed {part['seed']}; "
+        f"`{part['command']}` on {part['machine']}, {first['threads']} thread."
+    )
+    failed = [f"{row['name']}: {row['failed']}" for row in part["rows"] if "failed" in row]
+    duels = duel(files, first["noise"])
+    parts = [
+        f"### {part['title']}",
+        _table([*head, "8-bit kernels"], lines),
+        *failed,
+        *([duels] if duels else []),
+        note,
+    ]
+    return "\n\n".join(parts)
+
+
+def duel(files: list[dict[str, Any]], noise: float) -> str:
+    """For each file that is no search's: the smallest found file that is no slower (beyond the noise) and the fastest
+    one that is no larger, both of no lower metric; empty where there is nothing to compare.
+    """
+    found = [file for file in files if file["kind"] == "search"]
+    lines = []
+    for other in [file for file in files if file["kind"] in ("uniform", "foreign")]:
+        good = [file for file in found if file["metric"] >= other["metric"]]
+        smaller = [f for f in good if f["latency_ratio"] <= other["latency_ratio"] + noise]
+        faster = [f for f in good if f["size_bytes"] <= other["size_bytes"]]
+        cells = [other["name"]]
+        for pool, name in ((smaller, "size_bytes"), (faster, "latency_ratio")):
+            share, best = min(((file[name] / other[name], file["name"]) for file in pool), default=(1.0, ""))
+            cells.append(f"x {share:.3f}: {best}" if share < 1 else "none")
+        lines.append(cells)
+    head = ["of no lower metric than", "bytes, no slower", "time, no larger"]
+    return _table(head, lines) if found and lines else ""
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "frontier": ("README.md", frontier),
     "controller": ("docs/controller.md", controller),
     "methods": ("docs/methods.md", methods),
     "latency": ("docs/latency.md", latency),
+    "deploy": ("docs/deploy.md", deploy),
 }
 
 

@@ -14,6 +14,7 @@ from grainwise.evaluate.grids import grids
 from grainwise.evaluate.kernels import KernelTimes
 from grainwise.evaluate.latency import LatencyTable
 from grainwise.evaluate.places import input_shapes
+from grainwise.evaluate.timing import Progress
 from grainwise.export.prices import OnnxPrices, other_tensors
 from grainwise.plan.choices import Entry
 from grainwise.plan.cost import CostModel
@@ -22,11 +23,11 @@ from grainwise.session import Session
 SECONDS = 4.0  # of timing the networks that the line is fitted to
 
 
-def with_latency(session: Session) -> Session:
+def with_latency(session: Session, progress: Progress = lambda done, total: None) -> Session:
     """The same session, its costs and measurements with milliseconds of this machine at batch 1.
 
-    Kernels are measured once for a machine and kept in the user's cache directory. Raises ValueError for a target
-    without a runtime.
+    Kernels are measured once for a machine and kept in the user's cache directory; progress: (done, total) of them.
+    Raises ValueError for a target without a runtime.
     """
     evaluator, graph = session.evaluator, session.space.graph
     reference = session.reference
@@ -39,7 +40,7 @@ def with_latency(session: Session) -> Session:
         grids(session.space),
         KernelTimes(reference.target, remember=evaluator.sharing.latency),
     )
-    table.prepare(session.space)
+    table.prepare(session.space, progress)
     profiles = calibration_profiles(session.space, np.random.default_rng(0))
     measured = whole_ms(session, profiles)
     table = table.calibrated(session.cost, [(profiles[name], ms) for name, ms in measured.items()])

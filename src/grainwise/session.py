@@ -109,9 +109,7 @@ class Session:
 
     def sensitivity(self, progress: Callable[[int, int], None]) -> Sensitivity:
         scoring = self.evaluator.scoring
-        return measure_sensitivity(
-            self.evaluator.library, self.space, self.splits.calibration, scoring, progress=progress
-        )
+        return measure_sensitivity(self.evaluator.library, self.space, self.splits.search, scoring, progress=progress)
 
     def budgets(self, constraints: Mapping[str, float]) -> dict[str, float]:
         """Absolute budgets from shares of the reference's cost. Raises ValueError for what cannot be a constraint."""
@@ -190,6 +188,12 @@ def mark(model: nn.Module, example: Any, forward: Forward, graph: LayerGraph) ->
     blocks = tuple(block for block in graph.blocks if block.coupling not in frozen)
     graph = replace(graph, layers=link(layers, couplings), couplings=couplings, blocks=blocks)
     return graph, MarkedGraph.export(skeleton, graph, example)
+
+
+def reference_file(model: nn.Module, example: Any, forward: Forward) -> tuple[bytes, tuple[str, ...]]:
+    """The ONNX file of the uncompressed network and the names of its inputs. Raises TraceError or ExportError."""
+    _, marked = mark(model, example, forward, trace(model, example, forward))
+    return marked.write_reference().SerializeToString(), marked.skeleton.inputs
 
 
 @dataclass(frozen=True)

@@ -126,3 +126,15 @@ def test_a_choice_that_cannot_be_built_scores_infinity(session: Session, monkeyp
     )
     assert np.isinf(found.structures[:, 1:]).all()
     assert (found.structures[:, 0] == 0).all()
+
+
+def test_a_large_network_is_scored_on_fewer_samples(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grainwise.evaluate import sensitivity
+
+    assert sensitivity.affordable(session.space) == sensitivity.MOST
+    choices = int(session.space.structures.sum() + session.space.precisions.sum())
+    macs = session.evaluator.reference.macs
+    monkeypatch.setattr(sensitivity, "MACS", 20.5 * choices * macs)
+    assert sensitivity.affordable(session.space) == 20
+    monkeypatch.setattr(sensitivity, "MACS", choices * macs)
+    assert sensitivity.affordable(session.space) == sensitivity.LEAST
