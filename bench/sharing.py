@@ -35,6 +35,7 @@ from grainwise.evaluate.data import Batch
 from grainwise.evaluate.evaluator import Evaluator, outputs_of
 from grainwise.evaluate.sharing import EVERYTHING, Sharing
 from grainwise.evaluate.timing import device_name, rank_correlation
+from grainwise.export.weights import weights_bytes
 from grainwise.plan.choices import Entry, Method
 from grainwise.plan.projection import Projection
 from grainwise.realise.build import build, standards_of
@@ -138,7 +139,8 @@ def plain_loop(subject: Subject, profiles: Sequence[Profile], *, fast_layout: bo
         standards = standards_of(library, entries, library.reference.standards)
         if any(norms(model)):
             reestimate_norms(model, calibration, evaluator.forward, standards)
-        found.append(evaluator._judged(outputs_of(model, searched, evaluator.forward), entries, None))
+        outputs = outputs_of(model, searched, evaluator.forward)
+        found.append(evaluator._judged(outputs, entries, weights_bytes(model)))
     return found
 
 
@@ -241,7 +243,7 @@ def compared(found: Sequence[Outcome], expected: Sequence[Outcome]) -> dict[str,
     return {
         "equal": same,
         "largest_difference": max(abs(a - b) for a, b in pairs),
-        "rank_correlation": 1.0 if same else rank_correlation(*map(list, zip(*pairs, strict=True))),
+        "rank_correlation": rank_correlation(*map(list, zip(*pairs, strict=True))) if len(pairs) > 2 else None,
     }
 
 
