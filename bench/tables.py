@@ -154,6 +154,33 @@ def latency() -> str:
     return f"{_table(['network', 'predicted by', 'mean error', 'rank correlation'], rows)}\n\n{note}"
 
 
+def sharing() -> str:
+    """One row a network and set of shared kinds; the differences are those of divergences from the full set's."""
+    body = _read("sharing")
+    parts = []
+    for network in body["networks"]:
+        rates = {row["row"]: row["evaluations"] / row["seconds"] for row in network["rows"]}
+        naive = rates["naive loop"]
+        rows = [
+            [
+                row["row"],
+                f"{rates[row['row']]:.2f}",
+                f"{rates[row['row']] / naive:.1f}",
+                "equal" if row["equal"] else f"{row['largest_difference']:.1e}",
+            ]
+            for row in network["rows"]
+        ]
+        head = [
+            f"{network['network']}, {network['samples']} samples",
+            "evaluations a second",
+            "times naive",
+            "difference",
+        ]
+        parts.append(_table(head, rows))
+    note = f"`{body['command']}` on {body['machine']}."
+    return "\n\n".join([*parts, note])
+
+
 def deploy() -> str:
     """One table a network: every file of its race, then what the search has against each uniform one."""
     if not (RESULTS / "deploy.json").exists():

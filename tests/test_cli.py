@@ -19,6 +19,12 @@ NETWORK = ["--model", "tests.networks:tiny", "--data", "tests.networks:tiny_data
 run = CliRunner().invoke
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Solved layers are kept beside the test, not for the user."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def test_the_commands_in_a_row(tmp_path: Path) -> None:
     store = ["--store", f"sqlite:///{tmp_path / 's.db'}", "--study", "cli"]
     out = str(tmp_path / "out")

@@ -23,6 +23,7 @@ from grainwise.evaluate.deployed import (
 )
 from grainwise.evaluate.evaluator import Candidate, outputs_of, targets_of
 from grainwise.evaluate.measures import Metric, checked, resolve_metric
+from grainwise.evaluate.sharing import EVERYTHING, Sharing
 from grainwise.export.artefact import Artefact, check_runtime, load
 from grainwise.export.manifest import MODEL, ArtefactError
 from grainwise.export.runtime import kernels, open_session
@@ -115,6 +116,7 @@ def compress(
     resume: bool = False,
     options: SearchOptions = SearchOptions(),
     observer: Observer = Observer(),
+    sharing: Sharing = EVERYTHING,
 ) -> Result:
     """Search the compression of each layer of `model` and return the really compressed network.
 
@@ -123,14 +125,21 @@ def compress(
     target: `ort-cpu` (ONNX Runtime on this processor), a name of `plan.target.TARGETS`, or `packed` for PyTorch without
         a file. budget: evaluations (`300`) or time (`"20m"`).
     study, store: where trials are kept as they finish. resume: go on with a study that was cut; the same profiles
-        follow as in an uncut search.
+        follow as in an uncut search. sharing: what is computed once; with a folder, later searches begin warm.
 
     Raises TraceError, DataError, MetricError, Unreachable (no profile can meet the constraints), StoreError, or
     Infeasible (none was found). The model itself is not changed.
     """
     observer.stage("trace")
     session = Session.prepare(
-        model, data, metric=metric, forward=forward, space=options.space, methods=options.methods, target=target
+        model,
+        data,
+        metric=metric,
+        forward=forward,
+        space=options.space,
+        methods=options.methods,
+        target=target,
+        sharing=sharing,
     )
     if "latency" in constraints:
         observer.stage("latency")

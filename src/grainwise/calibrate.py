@@ -34,7 +34,12 @@ def with_latency(session: Session, progress: Progress = lambda done, total: None
     if evaluator.marked is None:
         raise ValueError(f"the target {reference.target.name} has no runtime to time: latency cannot be a constraint")
     shapes = input_shapes(reference.model, session.example, reference.forward, graph)
-    table = LatencyTable(evaluator.marked, shapes, grids(session.space), KernelTimes(reference.target))
+    table = LatencyTable(
+        evaluator.marked,
+        shapes,
+        grids(session.space),
+        KernelTimes(reference.target, remember=evaluator.sharing.latency),
+    )
     table.prepare(session.space, progress)
     profiles = calibration_profiles(session.space, np.random.default_rng(0))
     measured = whole_ms(session, profiles)
@@ -48,7 +53,7 @@ def with_latency(session: Session, progress: Progress = lambda done, total: None
         offset_ms=table.offset_ms,
     )
     cost = CostModel(session.space, other_tensors(evaluator.marked, reference.base), prices)
-    timed = Evaluator(evaluator.library, session.splits, cost, evaluator.scoring, evaluator.marked)
+    timed = Evaluator(evaluator.library, session.splits, cost, evaluator.scoring, evaluator.marked, evaluator.sharing)
     return replace(session, cost=cost, evaluator=timed)
 
 

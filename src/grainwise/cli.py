@@ -149,6 +149,8 @@ def search(
     import torch
 
     from grainwise.api import Observer, SearchOptions, compress, missed
+    from grainwise.evaluate.kernels import cache_folder
+    from grainwise.evaluate.sharing import Sharing
     from grainwise.plan.space import SpaceKind
     from grainwise.report.progress import LiveProgress
     from grainwise.report.tables import show_figures
@@ -181,6 +183,7 @@ def search(
                 resume=resume,
                 options=options,
                 observer=Observer(live.stage, live.progress, live.trial),
+                sharing=Sharing(folder=cache_folder() / "variants"),
                 **_hooks(metric, forward),
             )
         if out is not None:

@@ -16,6 +16,7 @@ from grainwise.evaluate.evaluator import other_tensors as packed_tensors
 from grainwise.evaluate.fisher import fisher_sensitivity
 from grainwise.evaluate.measures import DIVERGENCES, Metric, kl_divergence, resolve_metric
 from grainwise.evaluate.sensitivity import measure_sensitivity
+from grainwise.evaluate.sharing import EVERYTHING, Sharing
 from grainwise.export import artefact
 from grainwise.export.graph import ExportError, MarkedGraph, file_bytes, tensor_bytes
 from grainwise.export.parity import Bounds, check_parity
@@ -34,6 +35,7 @@ from grainwise.plan.prices import COSTS
 from grainwise.plan.profile import CompressionProfile
 from grainwise.plan.space import SearchSpace, SpaceKind
 from grainwise.plan.target import Target, resolve_target
+from grainwise.realise.disk import VariantsOnDisk
 from grainwise.realise.library import VariantLibrary
 from grainwise.realise.reference import Reference, fingerprint
 from grainwise.report.card import model_card
@@ -65,6 +67,7 @@ class Session:
         space: SpaceKind | str = SpaceKind.CHAIN,
         methods: Iterable[Method | str] | None = None,
         target: str | Target = "ort-cpu",
+        sharing: Sharing = EVERYTHING,
     ) -> Session:
         """divergence: `kl` for logits, `mse` for other outputs; by default `kl` with the metric `accuracy`, else `mse`.
 
@@ -88,7 +91,8 @@ class Session:
             cost = CostModel(legal, packed_tensors(reference.model, [layer.name for layer in graph.layers]))
         else:
             cost = CostModel(legal, other_tensors(marked, model), OnnxPrices(marked, legal, where))
-        evaluator = Evaluator(VariantLibrary(reference), splits, cost, scoring, marked)
+        disk = None if sharing.folder is None else VariantsOnDisk(sharing.folder, reference)
+        evaluator = Evaluator(VariantLibrary(reference, disk), splits, cost, scoring, marked, sharing)
         return Session(splits, legal, cost, evaluator, fingerprint(model), example)
 
     @property

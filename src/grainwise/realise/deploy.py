@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,10 +35,10 @@ def static_layers(model: nn.Module, skeleton: Skeleton) -> tuple[str, ...]:
     )
 
 
-def activate_points(model: nn.Module, skeleton: Skeleton) -> None:
-    """Put an `EightBit` at every point where the layers of `model` need one, in place."""
+def activate_points(model: nn.Module, skeleton: Skeleton, point: Callable[[str], EightBit]) -> None:
+    """Put an `EightBit` at every point where the layers of `model` need one, in place. point: gives it by name."""
     for name in skeleton.active(static_layers(model, skeleton)):
-        model.set_submodule(f"{POINTS}.{name}", EightBit())
+        model.set_submodule(f"{POINTS}.{name}", point(name))
 
 
 def deploy(

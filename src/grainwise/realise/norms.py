@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -119,6 +119,12 @@ def _by_batch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
     return functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
 
 
+def matched(norm: _BatchNorm, standard: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What `norm` computes inside `matched_norms`; standard: its own `[2, C]`."""
+    weight, bias = _affine(norm, standard)
+    return partial(_by_batch, weight=weight, bias=bias, eps=norm.eps)
+
+
 @contextmanager
 def matched_norms(model: nn.Module, standard: Standard) -> Iterator[None]:
     """Inside, batch norms normalise by the batch they see, to the mean and variance that the uncompressed network has
@@ -128,8 +134,7 @@ def matched_norms(model: nn.Module, standard: Standard) -> Iterator[None]:
     """
     found = list(norms(model))
     for name, norm in found:
-        weight, bias = _affine(norm, standard.get(name))
-        norm.__dict__["forward"] = partial(_by_batch, weight=weight, bias=bias, eps=norm.eps)
+        norm.__dict__["forward"] = matched(norm, standard.get(name))
     try:
         yield
     finally:
