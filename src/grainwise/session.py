@@ -110,9 +110,11 @@ class Session:
 
     def sensitivity(self, progress: Callable[[int, int], None], table: Literal["kl", "fisher"] = "kl") -> Sensitivity:
         """Scores of every choice: measured one by one (`kl`), or estimated from gradients (`fisher`)."""
-        measure = measure_sensitivity if table == "kl" else fisher_sensitivity
         evaluator = self.evaluator
-        return measure(evaluator.library, self.space, self.splits.search, evaluator.scoring, progress=progress)
+        if table == "kl":
+            return measure_sensitivity(evaluator, self.space, progress=progress)
+        search = self.splits.search
+        return fisher_sensitivity(evaluator.library, self.space, search, evaluator.scoring, progress=progress)
 
     def budgets(self, constraints: Mapping[str, float]) -> dict[str, float]:
         """Absolute budgets from shares of the reference's cost. Raises ValueError for what cannot be a constraint."""
