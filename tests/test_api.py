@@ -9,6 +9,7 @@ from torch import nn
 
 import grainwise as gw
 from examples import zoo
+from grainwise import calibrate
 from grainwise.api import Infeasible, SearchOptions, apply_profile, choose, missed, verify_artefact
 from grainwise.evaluate.data import Data, Splits
 from grainwise.export.artefact import ArtefactError
@@ -138,6 +139,21 @@ def test_a_latency_budget_is_searched_for_and_met_by_the_file(tmp_path: Path) ->
     assert 0 < result.measurement.latency_ms <= 0.95 * result.reference.latency_ms
     with pytest.raises(ValueError, match="packed has no runtime to time"):
         _compress(tmp_path, study="packed", constraints={"latency": 0.9})
+
+
+def test_a_latency_search_goes_on_with_the_milliseconds_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = SearchOptions(searcher="random", prior=False)
+    settings = {"constraints": {"latency": 0.95}, "options": options, "target": "ort-cpu"}
+    first = _compress(tmp_path, budget=16, **settings)
+    timed = calibrate.whole_ms
+    monkeypatch.setattr(calibrate, "whole_ms", lambda *given: {n: 2 * ms for n, ms in timed(*given).items()})
+    longer = _compress(tmp_path, budget=24, resume=True, **settings)  # on a machine that has become slower
+    assert longer.trials == 24
+    assert longer.session.line == first.session.line
+    entries = longer.entries
+    assert longer.session.cost.total(entries).tolist() == first.session.cost.total(entries).tolist()
 
 
 def test_the_packed_target_writes_weights_and_no_file(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from grainwise.calibrate import with_latency
+from grainwise.evaluate.calibration import Calibration
 from grainwise.evaluate.data import Data, Splits, take
 from grainwise.evaluate.deployed import (
     file_metric,
@@ -141,13 +142,15 @@ def compress(
         target=target,
         sharing=sharing,
     )
-    if "latency" in constraints:
-        observer.stage("latency")
-        session = with_latency(session, observer.progress)
     limit = Budget.parse(budget)
     database = Store(store)
     try:
-        budgets = database.settings(study)["budgets"] if resume else session.budgets(constraints)
+        kept = database.settings(study) if resume else {}
+        if "latency" in constraints:
+            observer.stage("latency")
+            line = Calibration(**kept["line"]) if kept.get("line") else None
+            session = with_latency(session, observer.progress, line)
+        budgets = kept["budgets"] if resume else session.budgets(constraints)
         projection = Projection(session.cost, budgets)
         settings = study_settings(session, constraints, budgets, options)
 
@@ -360,7 +363,9 @@ def open_study(
 def study_settings(
     session: Session, constraints: Mapping[str, float], budgets: Mapping[str, float], options: SearchOptions
 ) -> dict[str, Any]:
-    """What a study is a search of. Milliseconds differ from run to run, so the budgets are kept with it."""
+    """What a study is a search of. Milliseconds differ from run to run, so the budgets and the line that predicts them
+    are kept with it: a search that goes on must make the same proposals.
+    """
     return {
         "model": session.model_fingerprint,
         "target": session.reference.target.name,
@@ -368,4 +373,5 @@ def study_settings(
         "constraints": dict(constraints),
         "options": options.to_json(),
         "budgets": dict(budgets),
+        "line": None if session.line is None else asdict(session.line),
     }

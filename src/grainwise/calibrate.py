@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from grainwise.evaluate.calibration import calibration_profiles, time_files
+from grainwise.evaluate.calibration import Calibration, calibration_profiles, time_files
 from grainwise.evaluate.deployed import first_sample
 from grainwise.evaluate.evaluator import Evaluator
 from grainwise.evaluate.grids import grids
@@ -23,10 +23,13 @@ from grainwise.session import Session
 SECONDS = 4.0  # of timing the networks that the line is fitted to
 
 
-def with_latency(session: Session, progress: Progress = lambda done, total: None) -> Session:
+def with_latency(
+    session: Session, progress: Progress = lambda done, total: None, line: Calibration | None = None
+) -> Session:
     """The same session, its costs and measurements with milliseconds of this machine at batch 1.
 
     Kernels are measured once for a machine and kept in the user's cache directory; progress: (done, total) of them.
+    line: from their sum to a network's time, as an earlier session found it (`Session.line`); None to time some now.
     Raises ValueError for a target without a runtime.
     """
     evaluator, graph = session.evaluator, session.space.graph
@@ -41,9 +44,12 @@ def with_latency(session: Session, progress: Progress = lambda done, total: None
         KernelTimes(reference.target, remember=evaluator.sharing.latency),
     )
     table.prepare(session.space, progress)
-    profiles = calibration_profiles(session.space, np.random.default_rng(0))
-    measured = whole_ms(session, profiles)
-    table = table.calibrated(session.cost, [(profiles[name], ms) for name, ms in measured.items()])
+    if line is None:
+        profiles = calibration_profiles(session.space, np.random.default_rng(0))
+        measured = whole_ms(session, profiles)
+        table = table.calibrated(session.cost, [(profiles[name], ms) for name, ms in measured.items()])
+    else:
+        table = LatencyTable(table.marked, table.shapes, table.grids, table.times, parts=line)
     prices = OnnxPrices(
         evaluator.marked,
         session.space,
@@ -54,7 +60,7 @@ def with_latency(session: Session, progress: Progress = lambda done, total: None
     )
     cost = CostModel(session.space, other_tensors(evaluator.marked, reference.base), prices)
     timed = Evaluator(evaluator.library, session.splits, cost, evaluator.scoring, evaluator.marked, evaluator.sharing)
-    return replace(session, cost=cost, evaluator=timed)
+    return replace(session, cost=cost, evaluator=timed, line=table.parts)
 
 
 def whole_ms(

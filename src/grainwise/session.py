@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from grainwise.evaluate.calibration import Calibration
 from grainwise.evaluate.data import Data, Splits, take
 from grainwise.evaluate.deployed import file_metric, first_sample, race, race_figures
 from grainwise.evaluate.evaluator import Candidate, Evaluator, Scoring
@@ -47,7 +48,9 @@ EXAMPLE_SAMPLES = 2  # a batch of one would hide the batch dimension from the tr
 
 @dataclass(frozen=True)
 class Session:
-    """Everything that is computed once for a model and its data. example: a small batch of its inputs."""
+    """Everything that is computed once for a model and its data. example: a small batch of its inputs. line: from the
+    kernels of a network to its milliseconds, where latency counts.
+    """
 
     splits: Splits
     space: SearchSpace
@@ -55,6 +58,7 @@ class Session:
     evaluator: Evaluator
     model_fingerprint: str
     example: Any
+    line: Calibration | None = None
 
     @staticmethod
     def prepare(
