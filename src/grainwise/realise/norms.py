@@ -152,6 +152,8 @@ def reestimate_norms(
     (Li et al. 2020, EagleEye, section 3.2), relative to the uncompressed network, because the batches may be unlike
     what it was trained on. An unchanged network stays as it is.
     """
+    if not dict(norms(model)):
+        return
     given = standards or [{}] * len(batches)
     with torch.inference_mode(), NormWatch(model) as watch:
         for batch, standard in zip(batches, given, strict=True):
