@@ -26,31 +26,35 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def frontier() -> str:
-    """One row a search: what was asked, what came out on the test split."""
-    body = _read("frontier")
-
-    def row(found: dict[str, Any]) -> list[str]:
-        asked = ", ".join(f"{name} ≤ {share}" for name, share in found["constraints"].items())
-        size = found["size_bytes"] / found["reference_size_bytes"]
-        macs = found["macs"] / found["reference_macs"]
-        drop = 100 * (found["reference_accuracy"] - found["accuracy"])
-        return [
-            asked,
-            f"{size:.4f}",
-            f"{found['size_bytes']:,}",
-            f"{macs:.3f}",
-            f"{100 * found['accuracy']:.2f} %",
-            f"{drop:.2f}",
-        ]
-
-    head = ["asked", "size", "bytes", "MACs", "test accuracy", "drop, points"]
-    first = body["rows"][0]
+    """One row a search of a single constraint: what was asked, and what its file is beside the uncompressed one."""
+    part = _read("deploy")["resnet20"]
+    race = part["races"][0]
+    times = {file["name"]: file["latency_ratio"] for file in race["files"]}
+    full = part["rows"][0]
+    lines = []
+    for found in part["rows"]:
+        asked = found["settings"].get("constraints", {})
+        if "failed" in found or len(asked) != 1:
+            continue
+        ((cost, share),) = asked.items()
+        lines.append(
+            [
+                f"{cost} ≤ {share}",
+                f"{times[found['name']]:.3f}",
+                f"{found['size_ratio']:.4f}",
+                f"{found['size_bytes']:,}",
+                f"{100 * found['metric']:.2f} %",
+                f"{100 * (full['metric'] - found['metric']):.2f}",
+            ]
+        )
+    alone = race["files"][0]["p50_ms"]
     note = (
-        f"Uncompressed: {first['reference_size_bytes']:,} bytes, {first['reference_macs']:,} MACs, "
-        f"{100 * first['reference_accuracy']:.2f} %. {body['evaluations']} evaluations each, seed 0; "
-        f"`{body['command']}` on {body['machine']}."
+        f"Uncompressed: {full['size_bytes']:,} bytes, {alone:.2f} ms, {100 * full['metric']:.2f} %, "
+        f"at batch {race['batch']} on {race['threads']} thread; the uncompressed file against itself is off by "
+        f"{race['noise']:.3f}. {part['evaluations']} evaluations each, seed {part['seed']}; `{part['command']}` on "
+        f"{part['machine']}."
     )
-    return f"{_table(head, map(row, body['rows']))}\n\n{note}"
+    return f"{_table(['asked', 'time', 'size', 'bytes', 'test accuracy', 'drop, points'], lines)}\n\n{note}"
 
 
 def controller() -> str:
@@ -150,11 +154,104 @@ def latency() -> str:
     return f"{_table(['network', 'predicted by', 'mean error', 'rank correlation'], rows)}\n\n{note}"
 
 
+def sharing() -> str:
+    """One row a network and set of shared kinds; the differences are those of divergences from the full set's."""
+    body = _read("sharing")
+    parts = []
+    for network in body["networks"]:
+        rates = {row["row"]: row["evaluations"] / row["seconds"] for row in network["rows"]}
+        naive = rates["naive loop"]
+        rows = [
+            [
+                row["row"],
+                f"{rates[row['row']]:.2f}",
+                f"{rates[row['row']] / naive:.1f}",
+                "equal" if row["equal"] else f"{row['largest_difference']:.1e}",
+            ]
+            for row in network["rows"]
+        ]
+        head = [
+            f"{network['network']}, {network['samples']} samples",
+            "evaluations a second",
+            "times naive",
+            "difference",
+        ]
+        parts.append(_table(head, rows))
+    note = f"`{body['command']}` on {body['machine']}."
+    return "\n\n".join([*parts, note])
+
+
+def deploy() -> str:
+    """One table a network: every file of its race, then what the search has against each uniform one."""
+    if not (RESULTS / "deploy.json").exists():
+        return "No results yet: `python -m bench.deploy`."
+    return "\n\n".join(_deployed(part) for part in _read("deploy").values() if part.get("races"))
+
+
+def _deployed(part: dict[str, Any]) -> str:
+    races = part["races"]
+    times = {(number, file["name"]): file for number, race in enumerate(races) for file in race["files"]}
+    reference = part["rows"][0]
+    head = ["file", "metric", "drop, points", "bytes", "size", *(f"time, batch {race['batch']}" for race in races)]
+    lines = [
+        [
+            row["name"],
+            f"{100 * row['metric']:.2f}",
+            f"{100 * (reference['metric'] - row['metric']):.2f}",
+            f"{row['size_bytes']:,}",
+            f"{row['size_ratio']:.4f}",
+            *(f"{times[number, row['name']]['latency_ratio']:.3f}" for number in range(len(races))),
+            row["kernels"] or "none",
+        ]
+        for row in part["rows"]
+        if "failed" not in row
+    ]
+    first, full = races[0], races[0]["files"][0]
+    spreads = ", ".join(f"{race['noise']:.3f} at batch {race['batch']}" for race in races)
+    files = [{**times[0, row["name"]], **row} for row in part["rows"] if "failed" not in row]
+    note = (
+        f"Times are ratios of {first['clock']} to the uncompressed file, which takes {full['p50_ms']:.3f} ms (p50; p95 "
+        f"{full['p95_ms']:.3f}) at batch {first['batch']}; against itself it is off by {spreads}. "
+        f"{part['evaluations']} evaluations for each search, seed {part['seed']}; "
+        f"`{part['command']}` on {part['machine']}, {first['threads']} thread."
+    )
+    failed = [f"{row['name']}: {row['failed']}" for row in part["rows"] if "failed" in row]
+    duels = duel(files, first["noise"])
+    parts = [
+        f"### {part['title']}",
+        _table([*head, "8-bit kernels"], lines),
+        *failed,
+        *([duels] if duels else []),
+        note,
+    ]
+    return "\n\n".join(parts)
+
+
+def duel(files: list[dict[str, Any]], noise: float) -> str:
+    """For each file that is no search's: the smallest found file that is no slower (beyond the noise) and the fastest
+    one that is no larger, both of no lower metric; empty where there is nothing to compare.
+    """
+    found = [file for file in files if file["kind"] == "search"]
+    lines = []
+    for other in [file for file in files if file["kind"] in ("uniform", "foreign")]:
+        good = [file for file in found if file["metric"] >= other["metric"]]
+        smaller = [f for f in good if f["latency_ratio"] <= other["latency_ratio"] + noise]
+        faster = [f for f in good if f["size_bytes"] <= other["size_bytes"]]
+        cells = [other["name"]]
+        for pool, name in ((smaller, "size_bytes"), (faster, "latency_ratio")):
+            share, best = min(((file[name] / other[name], file["name"]) for file in pool), default=(1.0, ""))
+            cells.append(f"x {share:.3f}: {best}" if share < 1 else "none")
+        lines.append(cells)
+    head = ["of no lower metric than", "bytes, no slower", "time, no larger"]
+    return _table(head, lines) if found and lines else ""
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "frontier": ("README.md", frontier),
     "controller": ("docs/controller.md", controller),
     "methods": ("docs/methods.md", methods),
     "latency": ("docs/latency.md", latency),
+    "deploy": ("docs/deploy.md", deploy),
 }
 
 

@@ -18,3 +18,9 @@ settings.load_profile("grainwise")
 def session() -> Session:
     """The tiny residual network, prepared; shared, so tests must not change it."""
     return Session.prepare(tiny(), tiny_data(), target="packed")
+
+
+@pytest.fixture(scope="session")
+def onnx_session() -> Session:
+    """The same for a target with files, on processors with VNNI."""
+    return Session.prepare(tiny(), tiny_data(), target="ort-cpu-vnni")

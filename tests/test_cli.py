@@ -19,6 +19,12 @@ NETWORK = ["--model", "tests.networks:tiny", "--data", "tests.networks:tiny_data
 run = CliRunner().invoke
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Solved layers are kept beside the test, not for the user."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def test_the_commands_in_a_row(tmp_path: Path) -> None:
     store = ["--store", f"sqlite:///{tmp_path / 's.db'}", "--study", "cli"]
     out = str(tmp_path / "out")
@@ -57,6 +63,16 @@ def test_the_commands_in_a_row(tmp_path: Path) -> None:
     assert json.loads(verified.stdout)["accuracy"] == figures["accuracy"]
     assert "milliseconds, p50, batch 1" in run(app, ["verify", out, *NETWORK]).stdout
 
+    options = ["--seconds", "0.2", "--batch", "3", "--threads", "2"]
+    raced = run(app, ["bench", out, *NETWORK, *options, "--json"])
+    assert raced.exit_code == 0, raced.output
+    facts = json.loads(raced.stdout)
+    assert (facts["batch"], facts["threads"], facts["clock"]) == (3, 2, "time on the clock")
+    full, found = facts["files"]
+    assert (full["size_bytes"], found["size_bytes"]) == (figures["reference_size_bytes"], figures["size_bytes"])
+    assert found["metric"] == json.loads(verified.stdout)["onnx_accuracy"]
+    assert "timing 2 files in turn for 0.2 s" in raced.stderr
+
 
 def test_compare_prints_a_table_or_json_and_draws(tmp_path: Path) -> None:
     runs = ["--searcher", "greedy", "--searcher", "additive:fisher", "--seeds", "2", "--evaluations", "5"]
@@ -90,6 +106,7 @@ def test_inspect_shows_layers_and_why_not() -> None:
         (["verify", "/nowhere", *NETWORK], "/nowhere/manifest.json cannot be read"),
         (["apply", "/nowhere.json", *NETWORK, "--out", "/tmp/x"], "/nowhere.json cannot be read"),
         (["best", "--store", "sqlite:////nowhere/x.db"], "there is no store"),
+        (["bench", "/nowhere", *NETWORK], "is /nowhere an artefact?"),
         (["search", *NETWORK, "--size", "7", "--store", "sqlite://"], "in (0, 1]"),
         (
             ["compare", *NETWORK, "--size", "0.3", "--searcher", "luck", "--store", "sqlite://"],

@@ -12,17 +12,25 @@ import numpy as np
 from torch import nn
 
 from grainwise.calibrate import with_latency
+from grainwise.evaluate.calibration import Calibration
 from grainwise.evaluate.data import Data, Splits, take
-from grainwise.evaluate.deployed import feed, file_metric, first_sample, race, race_figures
+from grainwise.evaluate.deployed import (
+    file_metric,
+    first_sample,
+    openvino_figures,
+    outputs_in,
+    race,
+    race_figures,
+)
 from grainwise.evaluate.evaluator import Candidate, outputs_of, targets_of
 from grainwise.evaluate.measures import Metric, checked, resolve_metric
-from grainwise.export.artefact import Artefact, load
+from grainwise.evaluate.sharing import EVERYTHING, Sharing
+from grainwise.export.artefact import Artefact, check_runtime, load
 from grainwise.export.manifest import MODEL, ArtefactError
-from grainwise.export.runtime import kernels, open_session, run
+from grainwise.export.runtime import kernels, open_session
 from grainwise.export.weights import weights_bytes
 from grainwise.graph.forward import Forward, default_forward
 from grainwise.graph.recording import record
-from grainwise.graph.trace import trace
 from grainwise.plan.choices import Entry, Method
 from grainwise.plan.profile import CompressionProfile, ProfileError
 from grainwise.plan.projection import Projection
@@ -32,7 +40,7 @@ from grainwise.search.driver import Budget, Judge, search
 from grainwise.search.registry import Given, Table, technique
 from grainwise.search.rl import ControllerConfig
 from grainwise.search.searcher import Searcher
-from grainwise.session import EXAMPLE_SAMPLES, Result, Session, mark
+from grainwise.session import EXAMPLE_SAMPLES, Result, Session, reference_file
 from grainwise.store.studies import Store, StoreError
 from grainwise.study.measurement import Failure
 from grainwise.study.reward import REWARDS, Reward, WithComplexity
@@ -109,6 +117,7 @@ def compress(
     resume: bool = False,
     options: SearchOptions = SearchOptions(),
     observer: Observer = Observer(),
+    sharing: Sharing = EVERYTHING,
 ) -> Result:
     """Search the compression of each layer of `model` and return the really compressed network.
 
@@ -117,22 +126,31 @@ def compress(
     target: `ort-cpu` (ONNX Runtime on this processor), a name of `plan.target.TARGETS`, or `packed` for PyTorch without
         a file. budget: evaluations (`300`) or time (`"20m"`).
     study, store: where trials are kept as they finish. resume: go on with a study that was cut; the same profiles
-        follow as in an uncut search.
+        follow as in an uncut search. sharing: what is computed once; with a folder, later searches begin warm.
 
     Raises TraceError, DataError, MetricError, Unreachable (no profile can meet the constraints), StoreError, or
     Infeasible (none was found). The model itself is not changed.
     """
     observer.stage("trace")
     session = Session.prepare(
-        model, data, metric=metric, forward=forward, space=options.space, methods=options.methods, target=target
+        model,
+        data,
+        metric=metric,
+        forward=forward,
+        space=options.space,
+        methods=options.methods,
+        target=target,
+        sharing=sharing,
     )
-    if "latency" in constraints:
-        observer.stage("latency")
-        session = with_latency(session)
     limit = Budget.parse(budget)
     database = Store(store)
     try:
-        budgets = database.settings(study)["budgets"] if resume else session.budgets(constraints)
+        kept = database.settings(study) if resume else {}
+        if "latency" in constraints:
+            observer.stage("latency")
+            line = Calibration(**kept["line"]) if kept.get("line") else None
+            session = with_latency(session, observer.progress, line)
+        budgets = kept["budgets"] if resume else session.budgets(constraints)
         projection = Projection(session.cost, budgets)
         settings = study_settings(session, constraints, budgets, options)
 
@@ -246,14 +264,21 @@ def verify_artefact(
     *,
     metric: str | Metric = "accuracy",
     forward: Forward = default_forward,
+    runtime: str = "onnxruntime",
 ) -> dict[str, float | int | str | None]:
     """Reload an artefact and measure it anew: every figure is computed from the files, the model and the data.
 
-    Raises ArtefactError when a file is damaged, does not fit the model, or its size is not what the search claimed.
+    runtime: `openvino` runs the file there too and compares it with ONNX Runtime.
+
+    Raises ArtefactError when a file is damaged, does not fit the model, or its size is not what the search claimed;
+    FileError when the runtime cannot run the file, ValueError for an unknown runtime.
     """
+    check_runtime(runtime)
     found = load(directory, model, forward)
     manifest = found.manifest
     deployed = manifest.deployment is not None
+    if runtime != "onnxruntime" and not deployed:
+        raise ArtefactError(f"{directory} has no {MODEL} that {runtime} could run: its weights are for PyTorch")
     size, claimed = manifest.files[MODEL].bytes if deployed else found.weights_bytes, manifest.figures
     if claimed.get("size_bytes") != size:
         raise ArtefactError(f"{directory} claims {claimed.get('size_bytes')} bytes, the file has {size}")
@@ -268,24 +293,20 @@ def verify_artefact(
         figures[f"{prefix}macs"] = record(network, example, way).macs
     figures |= {"size_bytes": size, "reference_size_bytes": weights_bytes(model), "trials": claimed.get("trials")}
     if deployed:
-        figures |= _verify_file(Path(directory), found, reference, splits, score, forward)
+        figures |= _verify_file(Path(directory), found, reference, splits, score, forward, runtime)
     return {**figures, "claimed_accuracy": claimed.get("accuracy"), "claimed_macs": claimed.get("macs")}
 
 
 def _verify_file(
-    root: Path, found: Artefact, reference: nn.Module, splits: Splits, metric: Metric, forward: Forward
+    root: Path, found: Artefact, reference: nn.Module, splits: Splits, metric: Metric, forward: Forward, runtime: str
 ) -> dict[str, float | int | str | None]:
     """Figures of an artefact's ONNX file: from the file, beside the PyTorch module and the uncompressed network."""
     content = (root / MODEL).read_bytes()
-    assert found.manifest.deployment is not None
-    names = [spec.name for spec in found.manifest.deployment.inputs]
     example = take(splits.test, EXAMPLE_SAMPLES)[0].inputs
-    _, marked = mark(reference, example, forward, trace(reference, example, forward))
-    full = marked.write_reference().SerializeToString()
-    session = open_session(content)
+    full, names = reference_file(reference, example, forward)
     some = take(splits.test, PARITY_SAMPLES)
     ours = outputs_of(found.model, some, found.forward)
-    files = np.concatenate([run(session, feed(batch.inputs, names)) for batch in some])
+    files = outputs_in(open_session(content), some, names)
     raced = race({"reference": full, "candidate": content}, first_sample(example, names))
     counts = kernels(content)
     return {
@@ -296,6 +317,7 @@ def _verify_file(
         "top1_agreement": float((ours.numpy().argmax(-1) == files.argmax(-1)).mean()),
         "kernels": ", ".join(f"{count} {name}" for name, count in sorted(counts.items())),
         **race_figures(raced, "candidate"),
+        **(openvino_figures(content, splits.test, names, metric) if runtime == "openvino" else {}),
     }
 
 
@@ -341,7 +363,9 @@ def open_study(
 def study_settings(
     session: Session, constraints: Mapping[str, float], budgets: Mapping[str, float], options: SearchOptions
 ) -> dict[str, Any]:
-    """What a study is a search of. Milliseconds differ from run to run, so the budgets are kept with it."""
+    """What a study is a search of. Milliseconds differ from run to run, so the budgets and the line that predicts them
+    are kept with it: a search that goes on must make the same proposals.
+    """
     return {
         "model": session.model_fingerprint,
         "target": session.reference.target.name,
@@ -349,4 +373,5 @@ def study_settings(
         "constraints": dict(constraints),
         "options": options.to_json(),
         "budgets": dict(budgets),
+        "line": None if session.line is None else asdict(session.line),
     }

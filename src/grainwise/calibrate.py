@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from grainwise.evaluate.calibration import calibration_profiles, time_files
+from grainwise.evaluate.calibration import Calibration, calibration_profiles, time_files
 from grainwise.evaluate.deployed import first_sample
 from grainwise.evaluate.evaluator import Evaluator
 from grainwise.evaluate.grids import grids
 from grainwise.evaluate.kernels import KernelTimes
 from grainwise.evaluate.latency import LatencyTable
 from grainwise.evaluate.places import input_shapes
+from grainwise.evaluate.timing import Progress
 from grainwise.export.prices import OnnxPrices, other_tensors
 from grainwise.plan.choices import Entry
 from grainwise.plan.cost import CostModel
@@ -22,22 +23,33 @@ from grainwise.session import Session
 SECONDS = 4.0  # of timing the networks that the line is fitted to
 
 
-def with_latency(session: Session) -> Session:
+def with_latency(
+    session: Session, progress: Progress = lambda done, total: None, line: Calibration | None = None
+) -> Session:
     """The same session, its costs and measurements with milliseconds of this machine at batch 1.
 
-    Kernels are measured once for a machine and kept in the user's cache directory. Raises ValueError for a target
-    without a runtime.
+    Kernels are measured once for a machine and kept in the user's cache directory; progress: (done, total) of them.
+    line: from their sum to a network's time, as an earlier session found it (`Session.line`); None to time some now.
+    Raises ValueError for a target without a runtime.
     """
     evaluator, graph = session.evaluator, session.space.graph
     reference = session.reference
     if evaluator.marked is None:
         raise ValueError(f"the target {reference.target.name} has no runtime to time: latency cannot be a constraint")
     shapes = input_shapes(reference.model, session.example, reference.forward, graph)
-    table = LatencyTable(evaluator.marked, shapes, grids(session.space), KernelTimes(reference.target))
-    table.prepare(session.space)
-    profiles = calibration_profiles(session.space, np.random.default_rng(0))
-    measured = whole_ms(session, profiles)
-    table = table.calibrated(session.cost, [(profiles[name], ms) for name, ms in measured.items()])
+    table = LatencyTable(
+        evaluator.marked,
+        shapes,
+        grids(session.space),
+        KernelTimes(reference.target, remember=evaluator.sharing.latency),
+    )
+    table.prepare(session.space, progress)
+    if line is None:
+        profiles = calibration_profiles(session.space, np.random.default_rng(0))
+        measured = whole_ms(session, profiles)
+        table = table.calibrated(session.cost, [(profiles[name], ms) for name, ms in measured.items()])
+    else:
+        table = LatencyTable(table.marked, table.shapes, table.grids, table.times, parts=line)
     prices = OnnxPrices(
         evaluator.marked,
         session.space,
@@ -47,8 +59,8 @@ def with_latency(session: Session) -> Session:
         offset_ms=table.offset_ms,
     )
     cost = CostModel(session.space, other_tensors(evaluator.marked, reference.base), prices)
-    timed = Evaluator(evaluator.library, session.splits, cost, evaluator.scoring, evaluator.marked)
-    return replace(session, cost=cost, evaluator=timed)
+    timed = Evaluator(evaluator.library, session.splits, cost, evaluator.scoring, evaluator.marked, evaluator.sharing)
+    return replace(session, cost=cost, evaluator=timed, line=table.parts)
 
 
 def whole_ms(

@@ -1,4 +1,4 @@
-"""The command line: inspect, search, best, apply, verify; one function a command, heavy imports inside."""
+"""The command line: inspect, search, best, apply, verify, bench; one function a command, heavy imports inside."""
 
 from __future__ import annotations
 
@@ -57,12 +57,16 @@ def _plain_errors(resume: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _stop(f"stopped; every finished trial is kept{resume and f'. Go on with:{chr(10)}  {resume}'}", 130)
-    except (ValueError, RuntimeError, OSError, TypeError) as error:
+    except (ValueError, RuntimeError, OSError, TypeError, ImportError) as error:
         _stop(f"error: {error}", 1)
 
 
-def _stop(message: str, code: int) -> None:
+def _note(message: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+def _stop(message: str, code: int) -> None:
+    _note(message)
     raise typer.Exit(code)
 
 
@@ -145,6 +149,8 @@ def search(
     import torch
 
     from grainwise.api import Observer, SearchOptions, compress, missed
+    from grainwise.evaluate.kernels import cache_folder
+    from grainwise.evaluate.sharing import Sharing
     from grainwise.plan.space import SpaceKind
     from grainwise.report.progress import LiveProgress
     from grainwise.report.tables import show_figures
@@ -177,6 +183,7 @@ def search(
                 resume=resume,
                 options=options,
                 observer=Observer(live.stage, live.progress, live.trial),
+                sharing=Sharing(folder=cache_folder() / "variants"),
                 **_hooks(metric, forward),
             )
         if out is not None:
@@ -337,6 +344,7 @@ def verify(
     data: DataOption,
     metric: MetricOption = "accuracy",
     forward: ForwardOption = None,
+    runtime: Annotated[str, typer.Option(help="onnxruntime; openvino compares the two")] = "onnxruntime",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -351,8 +359,40 @@ def verify(
 
             torch.set_num_threads(threads)
         network, loaded = _factory(model, "the model")(), _factory(data, "the data")()
-        figures = verify_artefact(directory, network, loaded, **_hooks(metric, forward))
+        figures = verify_artefact(directory, network, loaded, runtime=runtime, **_hooks(metric, forward))
         _print_json(figures) if as_json else show_figures(figures, Console())
+
+
+@app.command()
+def bench(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="artefacts")],
+    model: ModelOption,
+    data: DataOption,
+    metric: MetricOption = "accuracy",
+    forward: ForwardOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="samples in a timed batch")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="threads of a timed call")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="of timing, all files together")] = 10.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Run artefacts and the uncompressed network side by side: the metric on the test split, bytes, milliseconds."""
+    from grainwise.report.progress import LiveProgress
+    from grainwise.report.tables import show_contest
+
+    with _plain_errors():
+        from grainwise.bench import Contest
+
+        network, loaded = _factory(model, "the model")(), _factory(data, "the data")()
+        with LiveProgress(None) as live:
+            live.stage("trace")
+            contest = Contest.of(directories, network, loaded, **_hooks(metric, forward))
+            sample = contest.sample(batch)
+            live.stage("accuracy")
+            rows = contest.rows(live.progress)
+        # A live line would take processor time from what is timed, so the last part is only announced.
+        _note(f"timing {len(rows)} files in turn for {seconds:g} s")
+        facts = contest.standings(rows, sample, threads=threads, seconds=seconds)
+        _print_json(facts) if as_json else show_contest(facts, Console())
 
 
 def main() -> None:

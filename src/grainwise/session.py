@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from grainwise.evaluate.calibration import Calibration
 from grainwise.evaluate.data import Data, Splits, take
 from grainwise.evaluate.deployed import file_metric, first_sample, race, race_figures
 from grainwise.evaluate.evaluator import Candidate, Evaluator, Scoring
@@ -16,6 +17,7 @@ from grainwise.evaluate.evaluator import other_tensors as packed_tensors
 from grainwise.evaluate.fisher import fisher_sensitivity
 from grainwise.evaluate.measures import DIVERGENCES, Metric, kl_divergence, resolve_metric
 from grainwise.evaluate.sensitivity import measure_sensitivity
+from grainwise.evaluate.sharing import EVERYTHING, Sharing
 from grainwise.export import artefact
 from grainwise.export.graph import ExportError, MarkedGraph, file_bytes, tensor_bytes
 from grainwise.export.parity import Bounds, check_parity
@@ -34,6 +36,7 @@ from grainwise.plan.prices import COSTS
 from grainwise.plan.profile import CompressionProfile
 from grainwise.plan.space import SearchSpace, SpaceKind
 from grainwise.plan.target import Target, resolve_target
+from grainwise.realise.disk import VariantsOnDisk
 from grainwise.realise.library import VariantLibrary
 from grainwise.realise.reference import Reference, fingerprint
 from grainwise.report.card import model_card
@@ -45,7 +48,9 @@ EXAMPLE_SAMPLES = 2  # a batch of one would hide the batch dimension from the tr
 
 @dataclass(frozen=True)
 class Session:
-    """Everything that is computed once for a model and its data. example: a small batch of its inputs."""
+    """Everything that is computed once for a model and its data. example: a small batch of its inputs. line: from the
+    kernels of a network to its milliseconds, where latency counts.
+    """
 
     splits: Splits
     space: SearchSpace
@@ -53,6 +58,7 @@ class Session:
     evaluator: Evaluator
     model_fingerprint: str
     example: Any
+    line: Calibration | None = None
 
     @staticmethod
     def prepare(
@@ -65,6 +71,7 @@ class Session:
         space: SpaceKind | str = SpaceKind.CHAIN,
         methods: Iterable[Method | str] | None = None,
         target: str | Target = "ort-cpu",
+        sharing: Sharing = EVERYTHING,
     ) -> Session:
         """divergence: `kl` for logits, `mse` for other outputs; by default `kl` with the metric `accuracy`, else `mse`.
 
@@ -88,7 +95,8 @@ class Session:
             cost = CostModel(legal, packed_tensors(reference.model, [layer.name for layer in graph.layers]))
         else:
             cost = CostModel(legal, other_tensors(marked, model), OnnxPrices(marked, legal, where))
-        evaluator = Evaluator(VariantLibrary(reference), splits, cost, scoring, marked)
+        disk = None if sharing.folder is None else VariantsOnDisk(sharing.folder, reference)
+        evaluator = Evaluator(VariantLibrary(reference, disk), splits, cost, scoring, marked, sharing)
         return Session(splits, legal, cost, evaluator, fingerprint(model), example)
 
     @property
@@ -106,9 +114,11 @@ class Session:
 
     def sensitivity(self, progress: Callable[[int, int], None], table: Literal["kl", "fisher"] = "kl") -> Sensitivity:
         """Scores of every choice: measured one by one (`kl`), or estimated from gradients (`fisher`)."""
-        measure = measure_sensitivity if table == "kl" else fisher_sensitivity
         evaluator = self.evaluator
-        return measure(evaluator.library, self.space, self.splits.calibration, evaluator.scoring, progress=progress)
+        if table == "kl":
+            return measure_sensitivity(evaluator, self.space, progress=progress)
+        search = self.splits.search
+        return fisher_sensitivity(evaluator.library, self.space, search, evaluator.scoring, progress=progress)
 
     def budgets(self, constraints: Mapping[str, float]) -> dict[str, float]:
         """Absolute budgets from shares of the reference's cost. Raises ValueError for what cannot be a constraint."""
@@ -187,6 +197,12 @@ def mark(model: nn.Module, example: Any, forward: Forward, graph: LayerGraph) ->
     blocks = tuple(block for block in graph.blocks if block.coupling not in frozen)
     graph = replace(graph, layers=link(layers, couplings), couplings=couplings, blocks=blocks)
     return graph, MarkedGraph.export(skeleton, graph, example)
+
+
+def reference_file(model: nn.Module, example: Any, forward: Forward) -> tuple[bytes, tuple[str, ...]]:
+    """The ONNX file of the uncompressed network and the names of its inputs. Raises TraceError or ExportError."""
+    _, marked = mark(model, example, forward, trace(model, example, forward))
+    return marked.write_reference().SerializeToString(), marked.skeleton.inputs
 
 
 @dataclass(frozen=True)

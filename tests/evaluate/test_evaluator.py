@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from grainwise.evaluate.data import Data, take
 from grainwise.evaluate.measures import MetricError
 from grainwise.evaluate.sensitivity import measure_sensitivity
 from grainwise.export.weights import weights_bytes
-from grainwise.plan.choices import PRECISIONS, STRUCTURES, Choice, Entry, Granularity, Method
+from grainwise.plan.choices import PRECISIONS, STRUCTURES, UNCOMPRESSED, Choice, Entry, Granularity, Method
+from grainwise.realise.library import VariantLibrary
 from grainwise.session import Session
 from grainwise.study.measurement import Failure, Measurement
 from tests.networks import pictures, tiny, tiny_data
@@ -79,12 +82,9 @@ def test_a_metric_that_fails_on_a_candidate_is_a_failure() -> None:
 
 def test_sensitivity_measures_each_choice_alone(session: Session) -> None:
     steps: list[tuple[int, int]] = []
-    scoring = session.evaluator.scoring
     found = measure_sensitivity(
-        session.evaluator.library,
+        session.evaluator,
         session.space,
-        session.splits.calibration,
-        scoring,
         samples=32,
         progress=lambda done, total: steps.append((done, total)),
     )
@@ -115,14 +115,28 @@ def test_regression_outputs_use_the_squared_error() -> None:
 
 
 def test_a_choice_that_cannot_be_built_scores_infinity(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    from grainwise.evaluate import sensitivity
+    from grainwise.evaluate import evaluator
 
-    def broken(*_: object) -> nn.Module:
-        raise RuntimeError("shape mismatch")
+    assemble = evaluator.assemble
 
-    monkeypatch.setattr(sensitivity, "build", broken)
-    found = measure_sensitivity(
-        session.evaluator.library, session.space, session.splits.calibration, session.evaluator.scoring, samples=8
-    )
+    def broken(library: VariantLibrary, entries: Mapping[str, Entry], form: Any) -> nn.Module:
+        if entries and next(iter(entries.values())) != UNCOMPRESSED:
+            raise RuntimeError("shape mismatch")
+        return assemble(library, entries, form)
+
+    monkeypatch.setattr(evaluator, "assemble", broken)
+    found = measure_sensitivity(session.evaluator, session.space, samples=8)
     assert np.isinf(found.structures[:, 1:]).all()
     assert (found.structures[:, 0] == 0).all()
+
+
+def test_a_large_network_is_scored_on_fewer_samples(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grainwise.evaluate import sensitivity
+
+    assert sensitivity.affordable(session.space) == sensitivity.MOST
+    choices = int(session.space.structures.sum() + session.space.precisions.sum())
+    macs = session.evaluator.reference.macs
+    monkeypatch.setattr(sensitivity, "MACS", 20.5 * choices * macs)
+    assert sensitivity.affordable(session.space) == 20
+    monkeypatch.setattr(sensitivity, "MACS", choices * macs)
+    assert sensitivity.affordable(session.space) == sensitivity.LEAST

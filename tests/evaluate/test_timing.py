@@ -31,6 +31,9 @@ def test_ratios_pair_the_rounds() -> None:
     assert ratio(a, b) == 0.5
     assert not noise(a, a).noisy
     assert noise(a, b).noisy
+    slow = Timing((4.0, 36.0), (1.0, 9.0))  # waited for something else than this process
+    assert (ratio(slow, a), ratio(slow, a, wall=True)) == (1.0, 4.0)
+    assert (noise(slow, a).spread, noise(slow, a, wall=True).spread) == (0.0, 3.0)
     assert a.p50_ms == 5.0
     assert a.cpu_ms == 1.0
     with pytest.raises(ValueError, match="pair"):

@@ -22,7 +22,7 @@ from grainwise.plan.target import TARGETS, Realisation
 from grainwise.realise.build import build
 from grainwise.realise.deploy import LARGEST_BIAS, deploy, stages_of, static_layers
 from grainwise.realise.library import VariantLibrary
-from grainwise.realise.norms import FrozenNorm, batch_statistics, freeze_norms, reestimate_norms
+from grainwise.realise.norms import FrozenNorm, freeze_norms, matched_norms, reestimate_norms
 from grainwise.realise.reference import Reference
 from tests.networks import TinyResidual, pictures, tiny
 
@@ -228,7 +228,7 @@ def test_what_ranks_is_near_what_is_deployed(library: VariantLibrary) -> None:
     entries = {name: Entry(precision=bits(8)) for name in (*CONVOLUTIONS, "fc")}
     raw, fixed, x = build(library, entries), deployed(library, entries), torch.cat(CALIBRATION)
     with torch.no_grad():
-        with batch_statistics(raw):
+        with matched_norms(raw, {}):
             found = raw(x)
         wanted = fixed(x)
     assert (found - wanted).square().mean() <= 1e-3 * wanted.var()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 from grainwise.plan.choices import Entry
 from grainwise.plan.projection import Projection
 from grainwise.search.baselines import RandomSearcher
-from grainwise.search.driver import Budget, Judge, search
+from grainwise.search.driver import Budget, Evaluate, Judge, Known, search
 from grainwise.search.rl import ControllerSearcher
 from grainwise.search.searcher import Searcher
 from grainwise.session import Session
@@ -55,7 +55,9 @@ def _searcher(session: Session, kind: str) -> Searcher:
     return ControllerSearcher(projection, session.features(), None, seed=3)
 
 
-def _run(session: Session, store: Store, study: str, kind: str, cut: int | None = None) -> tuple[Trial, ...]:
+def _run(
+    session: Session, store: Store, study: str, kind: str, cut: int | None = None, evaluate: Evaluate | None = None
+) -> tuple[Trial, ...]:
     seen: list[int] = []
 
     def observe(trial: Trial) -> None:
@@ -65,7 +67,7 @@ def _run(session: Session, store: Store, study: str, kind: str, cut: int | None 
 
     return search(
         searcher=_searcher(session, kind),
-        judge=_judge(session),
+        judge=_judge(session) if evaluate is None else replace(_judge(session), evaluate=evaluate),
         store=store,
         study=study,
         budget=Budget(evaluations=22),
@@ -91,6 +93,65 @@ def test_a_cut_search_goes_on_as_if_it_had_not_been_cut(
         (t.number, t.entries, t.outcome, t.reward, t.source) for t in whole
     ]
     assert len(whole) == 22
+
+
+class Backwards:
+    """Judges a batch from its end, and counts what it judges."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.judged = 0
+
+    def __call__(self, entries: Mapping[str, Entry]) -> Outcome:
+        self.judged += 1
+        return _evaluate(self.session, entries)
+
+    def many(self, profiles: Sequence[Mapping[str, Entry]], known: Known) -> Iterator[tuple[int, Outcome]]:
+        for number in reversed(range(len(profiles))):
+            yield number, known(self.key(profiles[number])) or self(profiles[number])
+
+    def key(self, entries: Mapping[str, Entry]) -> str:
+        return str(sorted((name, str(entry)) for name, entry in entries.items()))
+
+
+@pytest.mark.parametrize("cuts", [(7,), (5, 12), (15, 8)])
+def test_a_batch_may_be_judged_in_any_order(session: Session, store: Store, cuts: tuple[int, ...]) -> None:
+    store.create("whole", {})
+    store.create("cut", {})
+    whole = _run(session, store, "whole", "rl")
+    backwards = Backwards(session)
+    for cut in cuts:
+        with pytest.raises(Cut):
+            _run(session, store, "cut", "rl", cut, backwards)
+        assert cut in [t.number for t in store.trials("cut")]
+    resumed = _run(session, store, "cut", "rl", evaluate=backwards)
+    assert [(t.number, t.entries, t.outcome, t.reward) for t in resumed] == [
+        (t.number, t.entries, t.outcome, t.reward) for t in whole
+    ]
+    assert backwards.judged == 22  # what was stored before a cut is not judged again
+
+
+def test_each_trial_is_stored_before_the_next_begins(session: Session, store: Store) -> None:
+    store.create("s", {})
+    stored: list[int] = []
+
+    class Watching(Backwards):
+        def __call__(self, entries: Mapping[str, Entry]) -> Outcome:
+            stored.append(len(store.trials("s")))
+            return super().__call__(entries)
+
+    _run(session, store, "s", "random", evaluate=Watching(session))
+    assert stored == list(range(22))
+
+
+def test_a_profile_measured_in_another_study_is_not_measured_again(session: Session, store: Store) -> None:
+    store.create("first", {})
+    store.create("second", {})
+    first, second = Backwards(session), Backwards(session)
+    before = _run(session, store, "first", "random", evaluate=first)
+    after = _run(session, store, "second", "random", evaluate=second)
+    assert (first.judged, second.judged) == (22, 0)
+    assert [t.outcome for t in after] == [t.outcome for t in before]
 
 
 def test_a_failure_is_a_trial_and_the_search_goes_on(session: Session, store: Store) -> None:

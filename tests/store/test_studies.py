@@ -43,6 +43,33 @@ def test_trials_and_checkpoint_survive_reopening(store: Store, url: str) -> None
     again.close()
 
 
+def test_measurements_serve_other_studies_and_failures_do_not(store: Store, url: str) -> None:
+    store.create("other", {})
+    store.add("s", DONE, key="k")
+    store.add("s", FAILED, key="f")
+    store.add("other", DONE, key="k")
+    store.add("other", FAILED)
+    assert store.measurement("f") is None
+    assert store.measurement("") is None
+    store.close()
+    again = Store(url)
+    assert again.measurement("k") == DONE.outcome
+    again.close()
+
+
+def test_a_database_from_before_measurements_gets_their_table(store: Store, url: str) -> None:
+    store.add("s", DONE)
+    store.close()
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
+        connection.execute("DROP TABLE measurements")
+    connection.close()
+    again = Store(url)
+    assert again.trials("s") == (DONE,)
+    assert again.measurement("k") is None
+    again.add("s", FAILED, key="k")
+    again.close()
+
+
 def test_a_trial_number_is_given_once(store: Store) -> None:
     store.add("s", DONE)
     with pytest.raises(StoreError, match="could not be read or written"):

@@ -5,27 +5,34 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
 from grainwise.evaluate.data import Batch, Splits
-from grainwise.evaluate.measures import Divergence, Metric, checked
+from grainwise.evaluate.measures import DIVERGENCES, METRICS, Divergence, Metric, checked
+from grainwise.evaluate.prefix import PrefixRuns
+from grainwise.evaluate.sharing import EVERYTHING, Sharing
+from grainwise.evaluate.standin import shapes_of, stand_in
+from grainwise.evaluate.timing import device_name
 from grainwise.export.graph import MarkedGraph, file_bytes
 from grainwise.export.weights import stored_tensors, weights_bytes
-from grainwise.graph.forward import Forward
+from grainwise.graph.forward import Forward, default_forward, tensors_in
+from grainwise.graph.program import NotShared
+from grainwise.graph.skeleton import Skeleton, skeleton_forward
 from grainwise.plan.choices import UNCOMPRESSED, Entry
 from grainwise.plan.cost import CostModel
 from grainwise.plan.profile import entries_to_json
-from grainwise.realise.build import build
+from grainwise.plan.version import code_version
+from grainwise.realise.build import assemble, build, standards_of
 from grainwise.realise.deploy import deploy
 from grainwise.realise.library import VariantLibrary
-from grainwise.realise.norms import batch_statistics, freeze_norms, reestimate_norms
-from grainwise.realise.reference import channels_last
+from grainwise.realise.norms import NormWatch, Standard, freeze_norms, matched_norms, reestimate_norms
+from grainwise.realise.reference import channels_last, fingerprint, tensors_digest
 from grainwise.study.measurement import Failure, Measurement, Outcome
 
 
@@ -33,6 +40,31 @@ from grainwise.study.measurement import Failure, Measurement, Outcome
 def outputs_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Tensor:
     """Outputs of all batches, along dimension 0."""
     return torch.cat([forward(model, batch.inputs) for batch in batches])
+
+
+@torch.inference_mode()
+def watched_outputs(
+    model: nn.Module, batches: Sequence[Batch], forward: Forward
+) -> tuple[Tensor, tuple[Standard, ...]]:
+    """Outputs of the uncompressed network, and what its batch norms give out on each batch."""
+    outputs, standards = [], []
+    with NormWatch(model) as watch:
+        for batch in batches:
+            outputs.append(forward(model, batch.inputs))
+            standards.append(watch.standard())
+    return torch.cat(outputs), tuple(standards)
+
+
+@torch.inference_mode()
+def matched_outputs(
+    model: nn.Module, batches: Sequence[Batch], forward: Forward, standards: Sequence[Standard]
+) -> Tensor:
+    """Outputs of a candidate whose batch norms take their statistics from the batch itself (`matched_norms`)."""
+    outputs = []
+    for batch, standard in zip(batches, standards, strict=True):
+        with matched_norms(model, standard):
+            outputs.append(forward(model, batch.inputs))
+    return torch.cat(outputs)
 
 
 def targets_of(batches: Sequence[Batch]) -> Tensor:
@@ -43,6 +75,14 @@ def targets_of(batches: Sequence[Batch]) -> Tensor:
 BUILD_ERRORS = (RuntimeError, ValueError, FloatingPointError, AttributeError, TypeError, IndexError)
 
 
+_SOURCES = ("plan", "graph", "methods", "realise", "export", "evaluate")
+
+Known = Callable[[str], Measurement | None]
+"""(key of a profile) -> its measurement, if there is one."""
+
+Judged = tuple[int, Outcome]
+
+
 @dataclass(frozen=True, slots=True)
 class Scoring:
     """How outputs are judged."""
@@ -50,6 +90,16 @@ class Scoring:
     metric: Metric
     divergence: Divergence
     forward: Forward
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A candidate to be ranked. size_bytes: of the packed weights of the user's own module; None where the size of a
+    file is predicted.
+    """
+
+    model: nn.Module
+    size_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -65,9 +115,9 @@ class Evaluator:
     """Evaluates entries against one reference.
 
     While a search ranks, batch norm takes its statistics, and 8-bit values take their ranges, from the search batch
-    itself: one pass gives statistics and outputs; bytes and milliseconds are predicted. Reported figures come from
-    `finish`: norms and ranges from the calibration split, bytes of the file. marked: the ONNX graph of a target that
-    deploys one, None for the packed target.
+    itself, relative to the uncompressed network's (`matched_norms`): one pass gives statistics and outputs; bytes and
+    milliseconds are predicted. Reported figures come from `finish`: norms and ranges from the calibration split, bytes
+    of the file. marked: the ONNX graph of a target that deploys one, None for the packed target.
     """
 
     def __init__(
@@ -77,14 +127,16 @@ class Evaluator:
         cost: CostModel,
         scoring: Scoring,
         marked: MarkedGraph | None = None,
+        sharing: Sharing = EVERYTHING,
     ) -> None:
         self.library = library
         self.splits = splits
         self.cost = cost
         self.scoring = scoring
         self.marked = marked
-        reference = library.reference.model
-        self._outputs = outputs_of(reference, splits.search, scoring.forward)
+        self.sharing = sharing
+        reference = self.reference_model
+        self._outputs, self._standards = watched_outputs(reference, splits.search, scoring.forward)
         self._targets = targets_of(splits.search)
         _, macs, latency = cost.total({})
         self.reference_file = None if marked is None else marked.write_reference()
@@ -98,29 +150,124 @@ class Evaluator:
 
     def __call__(self, entries: Mapping[str, Entry]) -> Outcome:
         """The measurement of the network that `entries` give, or why there is none."""
-        stage = "build"
-        try:
-            model = build(self.library, entries)
-            stage = "evaluate"
-            return self._measure(model, entries, one_pass=True)
-        except BUILD_ERRORS as error:
-            return Failure(stage, str(error).splitlines()[0])
+        ((_, outcome),) = self.many([entries])
+        return outcome
 
-    def _measure(
-        self, model: nn.Module, entries: Mapping[str, Entry], *, one_pass: bool, size_bytes: int | None = None
-    ) -> Measurement:
+    def many(self, profiles: Sequence[Mapping[str, Entry]], known: Known = lambda key: None) -> Iterator[Judged]:
+        """(number in `profiles`, outcome) of each as soon as it is there, in the order in which most is shared.
+
+        known: measurements of profiles by their `key`. Layers of all profiles are solved before the first one runs.
+        """
+        waiting: dict[int, _Built] = {}
+        for number, entries in enumerate(profiles):
+            found = known(key) if (key := self.key(entries)) else None
+            if found is not None:  # milliseconds are this session's
+                yield number, replace(found, latency_ms=float(self.cost.total(entries)[2]))
+                continue
+            try:
+                waiting[number] = self._built(entries)
+            except BUILD_ERRORS as error:
+                yield number, Failure("build", str(error).splitlines()[0])
+        numbers = list(waiting)
+        if self.prefixes is not None:
+            numbers = [numbers[place] for place in self.prefixes.schedule([b.model for b in waiting.values()])]
+        for number in numbers:
+            try:
+                outcome: Outcome = self._ranked(waiting.pop(number), profiles[number])
+            except BUILD_ERRORS as error:
+                outcome = Failure("evaluate", str(error).splitlines()[0])
+            yield number, outcome
+
+    def key(self, entries: Mapping[str, Entry]) -> str:
+        """What decides the measurement of `entries` but for its milliseconds, as a digest; empty when that is not known
+        to the last bit: a metric or `forward` of the user may depend on anything.
+        """
+        if not self._context:
+            return ""
+        changed = {name: entry for name, entry in entries.items() if entry != UNCOMPRESSED}
+        layers = json.dumps(entries_to_json(changed), sort_keys=True)
+        return hashlib.sha256(f"{self._context}{layers}".encode()).hexdigest()
+
+    @cached_property
+    def _context(self) -> str:
+        scoring, reference = self.scoring, self.library.reference
+        own = scoring.metric in METRICS.values() and scoring.divergence in DIVERGENCES.values()
+        if not (self.sharing.measurements and own and scoring.forward is default_forward):
+            return ""
+        facts = [
+            code_version(*_SOURCES),
+            torch.__version__,
+            torch.get_num_threads(),
+            device_name(),
+            repr(reference.target),
+        ]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        digest.update(f"{scoring.metric.__name__} {scoring.divergence.__name__}".encode())
+        digest.update(fingerprint(reference.model).encode())
+        for batch in (*self.splits.calibration, *self.splits.search):
+            digest.update(tensors_digest([*tensors_in(batch.inputs), *tensors_in(batch.targets)]).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def form(self) -> Skeleton | None:
+        """The skeleton that ranked candidates run as, None where the network cannot be shown as one."""
+        reference = self.library.reference
+        if reference.skeleton is not None:
+            return reference.skeleton
+        search = self.splits.search
+        return self.library.once(("form", shapes_of(search)), lambda: stand_in(reference, search))
+
+    @cached_property
+    def prefixes(self) -> PrefixRuns | None:
+        """Runs that share activations; None when that is switched off or cannot be."""
+        if self.form is None or not self.sharing.prefixes:
+            return None
+        try:
+            return PrefixRuns(self.form, self.splits.search, self.sharing.prefix_bytes)
+        except NotShared:
+            return None
+
+    def _built(self, entries: Mapping[str, Entry]) -> _Built:
+        library = self.library if self.sharing.variants else VariantLibrary(self.library.reference)
+        if self.form is None:
+            model = build(library, entries)
+            return _Built(model, weights_bytes(model))
+        model = assemble(library, entries, self.form)
+        if self.marked is not None:
+            return _Built(model, None)
+        return _Built(model, weights_bytes(assemble(library, entries, self.reference_model)))
+
+    def _ranked(self, built: _Built, entries: Mapping[str, Entry]) -> Measurement:
+        """The measurement in one pass."""
+
+        def standards() -> Sequence[Standard]:
+            return standards_of(self.library, entries, self._standards)
+
+        if self.prefixes is not None:
+            outputs = self.prefixes.outputs(built.model, standards)
+        else:
+            forward = self.scoring.forward if self.form is None else skeleton_forward
+            outputs = matched_outputs(built.model, self.splits.search, forward, standards())
+        return self._judged(outputs, entries, built.size_bytes)
+
+    def _judged(self, outputs: Tensor, entries: Mapping[str, Entry], size_bytes: int | None) -> Measurement:
         size, macs, latency = self.cost.total(entries)
-        if self.marked is None:
-            size = weights_bytes(model)
-        with batch_statistics(model) if one_pass else nullcontext():
-            outputs = outputs_of(model, self.splits.search, self.forward)
         return Measurement(
             metric=checked(self.scoring.metric, outputs, self._targets),
-            divergence=self.scoring.divergence(outputs, self._outputs),
+            divergence=self.scoring.divergence(outputs, self._reference_outputs()),
             size_bytes=int(size) if size_bytes is None else size_bytes,
             macs=int(macs),
             latency_ms=float(latency),
         )
+
+    def _reference_outputs(self) -> Tensor:
+        if self.sharing.reference:
+            return self._outputs
+        return outputs_of(self.reference_model, self.splits.search, self.scoring.forward)
+
+    @property
+    def reference_model(self) -> nn.Module:
+        return self.library.reference.model
 
     @property
     def forward(self) -> Forward:
@@ -131,19 +278,21 @@ class Evaluator:
     def finish(self, entries: Mapping[str, Entry]) -> Candidate:
         """The deployable network and its file; norms and ranges from the calibration split."""
         model, file = self._deploy(entries)
-        size = None if file is None else file_bytes(file)
-        return Candidate(model, file, self._measure(model, entries, one_pass=False, size_bytes=size))
+        size = weights_bytes(model) if file is None else file_bytes(file)
+        outputs = outputs_of(model, self.splits.search, self.forward)
+        return Candidate(model, file, self._judged(outputs, entries, size))
 
     def _deploy(self, entries: Mapping[str, Entry]) -> tuple[nn.Module, ModelProto | None]:
         changed = any(entry != UNCOMPRESSED for entry in entries.values())
         calibration = [batch.inputs for batch in self.splits.calibration] if changed else []
         model = channels_last(copy.deepcopy(build(self.library, entries)))
+        standards = standards_of(self.library, entries, self.library.reference.standards) if changed else []
         skeleton = self.library.reference.skeleton
         if skeleton is None or self.marked is None:
-            reestimate_norms(model, calibration, self.forward)
+            reestimate_norms(model, calibration, self.forward, standards)
             freeze_norms(model)
             return model, None
-        deploy(model, skeleton, calibration, self.forward)
+        deploy(model, skeleton, calibration, self.forward, standards)
         return model, self.marked.write(model, self._metadata(entries))
 
     def _metadata(self, entries: Mapping[str, Entry]) -> dict[str, str]:

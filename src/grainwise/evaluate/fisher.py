@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from grainwise.evaluate.data import Batch, take
 from grainwise.evaluate.evaluator import BUILD_ERRORS, Scoring
 from grainwise.evaluate.measures import kl_divergence
+from grainwise.evaluate.timing import Progress
 from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, Choice, Entry, Granularity, Method
 from grainwise.plan.layers import Layer
 from grainwise.plan.space import SearchSpace, narrows, units_left
@@ -24,9 +25,6 @@ from grainwise.realise.library import VariantLibrary
 from grainwise.study.sensitivity import Sensitivity
 
 DRAWS = 4
-
-Progress = Callable[[int, int], None]
-"""(done, total), called after each choice of each batch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from grainwise.evaluate.profiling import (
     profile_branches,
     profiler_cost,
 )
-from grainwise.evaluate.timing import Machine, device_name
+from grainwise.evaluate.timing import Machine, Progress, device_name
 from grainwise.methods.structure import blank
 from grainwise.plan.choices import NONE, Choice, Granularity, Method
 from grainwise.plan.layers import Geometry, Kind
@@ -146,15 +146,18 @@ class KernelTimes:
         """Entries that were measured."""
         return len(self._times)
 
-    def ensure(self, keys: Iterable[Key]) -> int:
-        """Measures all keys that are missing, in as few files as possible; their number."""
+    def ensure(self, keys: Iterable[Key], progress: Progress = lambda done, total: None) -> int:
+        """Measures all keys that are missing, in as few files as possible; their number. progress: (done, total)."""
         missing = {key.text: key for key in keys if key.text not in self._times}
         if not missing:
             return 0
         if not self._lines:
             self._measure_lines()
+        done = 0
         for batch in _batches(list(missing.values())):
             self._times |= {key.text: times for key, times in zip(batch, self._measure(batch), strict=True)}
+            done += len(batch)
+            progress(done, len(missing))
         self._write()
         return len(missing)
 

@@ -19,6 +19,7 @@ from grainwise.evaluate.grids import Grid, block_width
 from grainwise.evaluate.kernels import KernelTimes, Key
 from grainwise.evaluate.places import clips_of, places_of
 from grainwise.evaluate.profiling import Measured
+from grainwise.evaluate.timing import Progress
 from grainwise.export.graph import MarkedGraph
 from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, UNCOMPRESSED, Choice, Entry
 from grainwise.plan.cost import CostModel
@@ -71,9 +72,9 @@ class LatencyTable:
 
     # -- measuring
 
-    def prepare(self, space: SearchSpace) -> int:
+    def prepare(self, space: SearchSpace, progress: Progress = lambda done, total: None) -> int:
         """Measures, in one go, all that the table can be asked for in a search over `space`; the number of entries that
-        were not in the cache.
+        were not in the cache. progress: (done, total) of them.
         """
         keys: dict[Key, None] = {}
         seen = set()
@@ -85,7 +86,7 @@ class LatencyTable:
                 geometries = [layer.geometry, *self.grids[layer.name].geometries(layer.geometry)]
                 for s, p in np.argwhere(pairs).tolist():
                     keys |= dict.fromkeys(self._key(layer, g, STRUCTURES[s], PRECISIONS[p]) for g in geometries)
-        return self.times.ensure(keys)
+        return self.times.ensure(keys, progress)
 
     def _key(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> Key:
         return Key.of(self.times.target, geometry, structure, precision, self.places[layer.name])

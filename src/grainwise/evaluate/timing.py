@@ -15,6 +15,9 @@ WARM_UP = 3  # calls before the first that counts
 
 _CPUINFO = Path("/proc/cpuinfo")
 
+Progress = Callable[[int, int], None]
+"""(done, total) of whatever takes a while, called after each step."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -116,14 +119,16 @@ def _timed(program: Callable[[], object]) -> tuple[float, float]:
     return (time.perf_counter_ns() - wall) / 1e6, (time.process_time_ns() - process) / 1e6
 
 
-def ratio(a: Timing, b: Timing) -> float:
+def ratio(a: Timing, b: Timing, *, wall: bool = False) -> float:
     """How many times the processor time of `b` a call of `a` takes: the median over the rounds of one `interleaved`.
 
+    wall: of the time on the clock instead, which is what more than one thread is for.
     Raises ValueError when the two do not come from the same rounds.
     """
     if a.runs != b.runs:
         raise ValueError(f"{a.runs} and {b.runs} calls do not pair up: time both in one run")
-    return float(np.median(np.array(a.process_ms) / np.array(b.process_ms)))
+    mine, its = (a.wall_ms, b.wall_ms) if wall else (a.process_ms, b.process_ms)
+    return float(np.median(np.array(mine) / np.array(its)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +142,9 @@ class Noise:
         return self.spread > NOISY
 
 
-def noise(first: Timing, second: Timing) -> Noise:
+def noise(first: Timing, second: Timing, *, wall: bool = False) -> Noise:
     """The noise floor of a run in which one program was timed under two names."""
-    return Noise(abs(ratio(first, second) - 1))
+    return Noise(abs(ratio(first, second, wall=wall) - 1))
 
 
 def mean_percentage_error(predicted: Sequence[float], measured: Sequence[float]) -> float:

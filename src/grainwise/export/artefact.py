@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ from grainwise.export.manifest import (
     read_sealed,
     seal,
 )
-from grainwise.export.runtime import Deployed, open_session
+from grainwise.export.openvino import open_openvino
+from grainwise.export.runtime import Deployed, Runner, open_session
 from grainwise.export.weights import file_bytes, stored_tensors
 from grainwise.graph.forward import Forward, default_forward
 from grainwise.graph.skeleton import JOINS, POINTS, Skeleton, build_skeleton, skeleton_forward
@@ -47,6 +48,12 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 __all__ = ["Artefact", "ArtefactError", "Deployment", "load", "save"]
+
+RUNTIMES: dict[str, Callable[[str | Path | bytes], Runner]] = {
+    "onnxruntime": open_session,
+    "openvino": open_openvino,
+}
+"""Programs that run an artefact's file; the first is the one that it was made and measured for."""
 
 _SAMPLES = 2  # of the batch that a network is traced on: one would hide the batch dimension
 
@@ -168,27 +175,37 @@ def _write(
 
 
 @overload
-def load(directory: str | Path) -> Deployed: ...
+def load(directory: str | Path, *, runtime: str = "onnxruntime") -> Deployed: ...
 @overload
 def load(directory: str | Path, model: nn.Module, forward: Forward = default_forward) -> Artefact: ...
 def load(
-    directory: str | Path, model: nn.Module | None = None, forward: Forward = default_forward
+    directory: str | Path,
+    model: nn.Module | None = None,
+    forward: Forward = default_forward,
+    *,
+    runtime: str = "onnxruntime",
 ) -> Artefact | Deployed:
     """Read an artefact: its ONNX file, ready to run, or its weights into a copy of `model`, the uncompressed
     architecture with any weights.
 
     forward: how a batch goes through `model`, where that must be known to take the network apart again.
+    runtime: `onnxruntime`, or `openvino`, which computes a little differently (`grainwise verify --runtime openvino`);
+        of the file, so not together with `model`.
 
     Every file is checked against the manifest first. Raises ArtefactError naming what does not fit, ImportError when
-    the file is to be run and ONNX Runtime is not installed.
+    the file is to be run and the runtime is not installed, FileError when the runtime cannot run it, ValueError for an
+    unknown runtime.
     """
+    check_runtime(runtime)
+    if model is not None and runtime != "onnxruntime":
+        raise ValueError(f"a network was given, which PyTorch runs; leave it out to run the file in {runtime}")
     root = Path(directory)
     manifest = read_sealed(root)
     profile = CompressionProfile.load(root / PROFILE)
     if model is None:
         if manifest.deployment is None:
             raise ArtefactError(f"{root} has no {MODEL}: its weights are for PyTorch; give the network too")
-        return Deployed(open_session(root / MODEL), profile, manifest)
+        return Deployed(RUNTIMES[runtime](root / MODEL), profile, manifest)
     try:
         rebuilt = _rebuilt(manifest, model, forward)
         _resize(rebuilt, manifest.resized)
@@ -197,6 +214,12 @@ def load(
         raise ArtefactError(f"{root} does not fit this network ({error}); give the one it was made from") from error
     size = manifest.files[WEIGHTS].bytes
     return Artefact(rebuilt.eval(), profile, manifest, size, skeleton_forward if manifest.deployment else forward)
+
+
+def check_runtime(name: str) -> None:
+    """Raises ValueError for a runtime that there is not."""
+    if name not in RUNTIMES:
+        raise ValueError(f"no runtime is called {name!r}; give one of {', '.join(RUNTIMES)}")
 
 
 def _rebuilt(manifest: Manifest, model: nn.Module, forward: Forward) -> nn.Module:

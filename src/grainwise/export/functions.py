@@ -291,15 +291,16 @@ def embedding(weight: Weight, *, gathered: bool) -> FunctionProto:
     if weight.bits == 8:
         levels = body.op("Cast", rows, to=TensorProto.FLOAT)
     else:
-        most, centre = np.uint8(2**weight.bits - 1), {4: 8.0, 2: 1.5}[weight.bits]
-        shifts = (np.uint8(at) for at in range(0, 8, weight.bits))
+        most, centre = 2**weight.bits - 1, {4: 8.0, 2: 1.5}[weight.bits]
+        # Masked before they are shifted: OpenVINO shifts by dividing, and rounds what a shift drops (decision 0010).
         planes = [
             body.op(
-                "BitwiseAnd",
-                body.op("BitShift", rows, body.constant(s, np.uint8), direction="RIGHT"),
-                body.constant(most, np.uint8),
+                "BitShift",
+                body.op("BitwiseAnd", rows, body.constant(most << shift, np.uint8)),
+                body.constant(shift, np.uint8),
+                direction="RIGHT",
             )
-            for s in shifts
+            for shift in range(0, 8, weight.bits)
         ]
         codes = body.op("Cast", body.op("Concat", *planes, axis=-1), to=TensorProto.FLOAT)
         levels = body.op("Sub", codes, body.constant(centre, np.float32))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, OperatorSetIdProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from grainwise.export.functions import DOMAIN, IR_VERSION, OPSET
@@ -103,6 +103,11 @@ class MarkedGraph:
         marked = (_name(node) for node in self.model.graph.node if (node.domain, node.op_type) == (DOMAIN, NORM))
         return tuple(name for name in marked if name not in folded)
 
+    def imports(self, *, functions: bool) -> list[OperatorSetIdProto]:
+        """Operator sets of a candidate's file; functions: whether it has functions of our own."""
+        others = [found for found in self.model.opset_import if found.domain != DOMAIN]
+        return [*others, helper.make_opsetid(DOMAIN, 1)] if functions else others
+
     def write(self, model: nn.Module, metadata: Mapping[str, str]) -> ModelProto:
         """The file of a candidate that was built on the skeleton and deployed.
 
@@ -126,7 +131,7 @@ class MarkedGraph:
         file = helper.make_model(
             graph,
             functions=list(writer.functions.values()),
-            opset_imports=[*self.model.opset_import, *([helper.make_opsetid(DOMAIN, 1)] if writer.functions else [])],
+            opset_imports=self.imports(functions=bool(writer.functions)),
             ir_version=IR_VERSION,
             producer_name="grainwise",
         )

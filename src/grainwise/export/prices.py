@@ -104,7 +104,7 @@ class OnnxPrices:
     def _empty_file(self) -> ModelProto:
         file = helper.make_model(
             helper.make_graph([], "grainwise", [], []),
-            opset_imports=[*self.marked.model.opset_import, helper.make_opsetid(DOMAIN, 1)],
+            opset_imports=self.marked.imports(functions=True),
             ir_version=IR_VERSION,
             producer_name="grainwise",
         )

@@ -60,7 +60,7 @@ def _keep_masks(
     return cuts
 
 
-def _refresh(module: nn.Module) -> None:
+def refresh_widths(module: nn.Module) -> None:
     """Bring a module's width attributes in line with its tensors."""
     match module:
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
@@ -105,7 +105,7 @@ def narrow(model: nn.Module, couplings: Sequence[Coupling], kept: Mapping[str, S
             setattr(module, name, fresh)
             touched.append(module)
     for module in dict.fromkeys(touched):
-        _refresh(module)
+        refresh_widths(module)
     return twin
 
 

@@ -91,8 +91,9 @@ class Join:
 @dataclass(frozen=True)
 class Skeleton:
     """module: maps the batch's tensors, in their order, to the output; children at the user's paths, points at
-    `points.NAME`, sums at `joins.NAME`. units: by layer. joins, points: in the order in which they run.
-    inputs: names of the inputs. missing: layers that the graph does not show as one plain operation, with the reason.
+    `points.NAME`, sums at `joins.NAME`. units: by layer. joins, points: in the order in which they run. graph: all that
+    runs, in order. inputs: names of the inputs. missing: layers that the graph does not show as one plain operation,
+    with the reason.
     """
 
     module: SkeletonModule
@@ -100,6 +101,7 @@ class Skeleton:
     joins: tuple[Join, ...]
     points: Mapping[str, Point]
     inputs: tuple[str, ...]
+    graph: fx.Graph
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def active(self, quantised: Collection[str]) -> frozenset[str]:
@@ -187,7 +189,7 @@ class _Builder:
         unseen = "the exported graph does not show it as one plain operation"
         missing = {name: unseen for name in self._layers if name not in units}
         missing |= {name: "it runs more than once" for name in self._repeated}
-        return Skeleton(module, units, joins, points, self._inputs, missing)
+        return Skeleton(module, units, joins, points, self._inputs, compiled.graph, missing)
 
     # -- copying the graph
 

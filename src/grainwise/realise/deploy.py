@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from grainwise.methods.activations import EightBit, EightBitSum, StaticConv1d, S
 from grainwise.methods.layers import Ghost, realisation_of, refresh, scale_outputs
 from grainwise.methods.storage import PackedWeight
 from grainwise.plan.target import Realisation
-from grainwise.realise.norms import FrozenNorm, freeze_norms, reestimate_norms
+from grainwise.realise.norms import FrozenNorm, Standard, freeze_norms, reestimate_norms
 
 LARGEST_BIAS = 2.0**30  # of an int32 sum, so that products still fit beside it
 
@@ -35,22 +35,28 @@ def static_layers(model: nn.Module, skeleton: Skeleton) -> tuple[str, ...]:
     )
 
 
-def activate_points(model: nn.Module, skeleton: Skeleton) -> None:
-    """Put an `EightBit` at every point where the layers of `model` need one, in place."""
+def activate_points(model: nn.Module, skeleton: Skeleton, point: Callable[[str], EightBit]) -> None:
+    """Put an `EightBit` at every point where the layers of `model` need one, in place. point: gives it by name."""
     for name in skeleton.active(static_layers(model, skeleton)):
-        model.set_submodule(f"{POINTS}.{name}", EightBit())
+        model.set_submodule(f"{POINTS}.{name}", point(name))
 
 
-def deploy(model: nn.Module, skeleton: Skeleton, calibration: Sequence[Any], forward: Forward) -> None:
+def deploy(
+    model: nn.Module,
+    skeleton: Skeleton,
+    calibration: Sequence[Any],
+    forward: Forward,
+    standards: Sequence[Standard] | None = None,
+) -> None:
     """Turn a built candidate, in place, into what its file computes.
 
     Batch norm is estimated on the calibration batches and folded into the layer before it; where that is no plain
     stage (a ghost module) it stays as a scale and a shift. Then the ranges of all 8-bit values are set on the same
-    batches, and the biases of 8-bit kernels are rounded to the grid of their sums. An uncompressed network keeps the
-    statistics that it has: pass no calibration batches.
+    batches, and the biases of 8-bit kernels are rounded to the grid of their sums. standards: what the norms match on
+    each batch (`build.standards_of`). An uncompressed network keeps the statistics that it has: pass no batches.
     """
     if calibration:
-        reestimate_norms(model, calibration, forward)
+        reestimate_norms(model, calibration, forward, standards)
     fold_norms(model, skeleton)
     freeze_norms(model)
     points = [module for module in model.modules() if isinstance(module, EightBit)]

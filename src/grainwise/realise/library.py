@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from grainwise.graph.narrow import narrow
+from grainwise.methods.activations import EightBit
 from grainwise.methods.distill import train_block
+from grainwise.methods.modules import construct, describe
 from grainwise.methods.problem import LayerProblem
 from grainwise.methods.structure import Structure, realise, restructure
 from grainwise.plan.choices import Choice, Entry, Granularity, Method
 from grainwise.plan.layers import Block, Layer
+from grainwise.realise.assemble import Narrower
 from grainwise.realise.channels import Kept, kept_positions, rank_units
+from grainwise.realise.disk import VariantsOnDisk
 from grainwise.realise.reference import Reference, recording
 
 SAMPLES = 64  # reference inputs that a ghost's filters are fitted on
@@ -26,19 +30,33 @@ STUDENT_BATCHES = 4  # calibration batches whose activations a student is traine
 
 _Made = TypeVar("_Made")
 
+Cut = tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+"""(input channels, output channels) of a layer that are left, None where nothing was cut."""
+
 
 class VariantLibrary:
     """Realised layers of one reference, by layer, entry and the channels its couplings left.
 
     The modules are shared between candidates: they are in eval mode, without gradients, and must not be written to.
+    disk: where layers are kept for later searches too.
     """
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, reference: Reference, disk: VariantsOnDisk | None = None) -> None:
         self.reference = reference
-        self._couplings = {c.name: c for c in reference.graph.couplings if c.frozen is None}
+        self.disk = disk
+        graph = reference.graph
+        self._couplings = {c.name: c for c in graph.couplings if c.frozen is None}
+        self._related: dict[str, tuple[str, ...]] = {  # couplings that narrow a layer's weight
+            la.name: tuple(
+                c.name for c in self._couplings.values() if any(s.parameter == f"{la.name}.weight" for s in c.slots)
+            )
+            for la in graph.layers
+        }
+        own = {layer.name for layer in graph.layers if not layer.blocked and not layer.tied_to}
+        self._narrower = Narrower(graph.couplings, skip=own)
         self._made: dict[Hashable, object] = {}
 
-    def _once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+    def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
         """The value under `key`, made at the first call."""
         if key not in self._made:
             self._made[key] = make()
@@ -46,19 +64,48 @@ class VariantLibrary:
 
     def kept_units(self, coupling: str, count: int) -> tuple[int, ...]:
         """The `count` units of a coupling that its readers need most, ascending."""
-        order = self._once(("units", coupling), lambda: rank_units(self.reference, self._couplings[coupling]))
-        return tuple(sorted(order[:count].tolist()))
+        return self.once(("units", coupling, count), lambda: tuple(sorted(self._ranked(coupling)[:count].tolist())))
+
+    def _ranked(self, coupling: str) -> Tensor:
+        def rank() -> Tensor:
+            if self.disk is not None and (found := self.disk.load({"ranked": coupling})) is not None:
+                return found[1]["order"]
+            order = rank_units(self.reference, self._couplings[coupling])
+            if self.disk is not None:
+                self.disk.save({"ranked": coupling}, None, {"order": order})
+            return order
+
+        return self.once(("ranked", coupling), rank)
 
     def positions(self, layer: Layer, kept: Kept) -> tuple[Tensor | None, Tensor | None]:
         """(input channels, output channels) of `layer` that are left, None where nothing was cut."""
-        return kept_positions(self._couplings, layer, kept)
+        return self._cut(layer, kept)[0]
+
+    def _cut(self, layer: Layer, kept: Kept) -> tuple[tuple[Tensor | None, Tensor | None], Cut]:
+        """`positions`, as tensors and as what a key is made of."""
+        relevant = {name: kept[name] for name in self._related[layer.name] if name in kept}
+
+        def find() -> tuple[tuple[Tensor | None, Tensor | None], Cut]:
+            inputs, outputs = kept_positions(self._couplings, layer, relevant)
+            cut = tuple(None if p is None else tuple(p.tolist()) for p in (inputs, outputs))
+            return (inputs, outputs), (cut[0], cut[1])
+
+        return self.once(("cut", layer.name, *relevant.items()), find)
+
+    def narrow(self, tree: nn.Module, kept: Kept) -> None:
+        """Cut what stands beside the layers of a `fresh_tree`, in place: norms and the like."""
+        self._narrower.narrow(tree, kept, self.once)
+
+    def point(self, name: str) -> EightBit:
+        """The one module of all candidates that keep the point `name` in 8 bits."""
+        return self.once(("point", name), lambda: EightBit().eval())
 
     def layer(self, layer: Layer, entry: Entry, kept: Kept, student: tuple[Block, int] | None = None) -> nn.Module:
         """The realised module of `layer` under `entry`, with only the kept channels.
 
         student: (block, units of its coupling) when the layer belongs to a trained student of these inner units.
         """
-        cut = tuple(None if p is None else tuple(p.tolist()) for p in self.positions(layer, kept))
+        cut = self._cut(layer, kept)[1]
         place = (layer.name, cut, student and (student[0].name, student[1]))
 
         def solve() -> Structure:
@@ -67,10 +114,32 @@ class VariantLibrary:
 
         def make() -> nn.Module:
             with torch.no_grad():
-                structure = self._once(("structure", *place, entry.structure), solve)
+                structure = self.once(("structure", *place, entry.structure), solve)
                 return realise(structure, entry.precision, self.reference.target).eval().requires_grad_(False)
 
-        return self._once(("layer", *place, entry), make)
+        def find() -> nn.Module:
+            key = {"layer": layer.name, "cut": cut, "student": place[2], "entry": str(entry)}
+            return self._kept(key, make, describe, construct)
+
+        return self.once(("layer", *place, entry), find)
+
+    def _kept(
+        self,
+        key: dict[str, Any],
+        make: Callable[[], nn.Module],
+        describe: Callable[[nn.Module], Any],
+        construct: Callable[[Any], nn.Module],
+    ) -> nn.Module:
+        """A module from the disk, or made and kept there."""
+        if self.disk is None:
+            return make()
+        if (found := self.disk.load(key)) is not None:
+            module = construct(found[0])
+            module.load_state_dict(found[1])
+        else:
+            module = make()
+            self.disk.save(key, describe(module), module.state_dict())
+        return module.eval().requires_grad_(False)
 
     def _problem(self, layer: Layer, kept: Kept) -> LayerProblem:
         return self.reference.problem(layer.name).narrowed(*self.positions(layer, kept))
@@ -98,18 +167,31 @@ class VariantLibrary:
                 self.reference.forward(self.reference.model, self.reference.calibration[0])
             return torch.cat([inputs for inputs, _ in pairs])[:SAMPLES].clone()
 
-        sample = self._once(("sample", layer.name), record)
+        sample = self.once(("sample", layer.name), record)
         inputs, _ = self.positions(layer, kept)
         return sample if inputs is None else sample.index_select(1 if layer.geometry.kernel else -1, inputs)
 
     def student(self, block: Block, units: int) -> nn.Module:
         """The twin of `block` with `units` units of its inner coupling, trained on the block's inputs and outputs."""
-        return self._once(("student", block.name, units), lambda: self._train(block, units))
+
+        def shape(_: object) -> nn.Module:
+            return self._narrowed(block, units).get_submodule(block.name)
+
+        def find() -> nn.Module:
+            key = {"block": block.name, "units": units}
+            return self._kept(key, lambda: self._train(block, units), lambda _: None, shape)
+
+        return self.once(("student", block.name, units), find)
+
+    def _narrowed(self, block: Block, units: int) -> nn.Module:
+        """The network with the inner coupling of `block` cut to `units`, nothing re-fitted."""
+        kept = {block.coupling: self.kept_units(block.coupling, units)}
+        return narrow(self.reference.model, self.reference.graph.couplings, kept)
 
     def _train(self, block: Block, units: int) -> nn.Module:
         reference = self.reference
         kept = {block.coupling: self.kept_units(block.coupling, units)}
-        student = narrow(reference.model, reference.graph.couplings, kept)
+        student = self._narrowed(block, units)
         for layer in reference.graph.layers:  # the closed-form re-fit is where training starts
             if layer.name in block.layers and any(p is not None for p in self.positions(layer, kept)):
                 student.set_submodule(layer.name, copy.deepcopy(self.layer(layer, Entry(), kept)))

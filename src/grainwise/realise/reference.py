@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from grainwise.methods.hessian import HessianAccumulator
 from grainwise.methods.problem import LayerProblem
 from grainwise.plan.layers import LayerGraph
 from grainwise.plan.target import PACKED, Target
+from grainwise.realise.norms import NormWatch, Standard
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -26,6 +27,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 class Reference:
     """model: in eval mode, never changed. hessians: H of each layer that runs, by name.
     calibration: input batches (unlabelled). forward: how a batch goes through the model.
+    standards: what its batch norms give out on each of them.
     target: where the compressed network will run. skeleton: the form of `model` that candidates are built from, None
     where they are built from the user's module itself.
     """
@@ -34,6 +36,7 @@ class Reference:
     graph: LayerGraph
     hessians: dict[str, Tensor]
     calibration: tuple[Any, ...]
+    standards: tuple[Standard, ...]
     forward: Forward
     target: Target = PACKED
     skeleton: Skeleton | None = None
@@ -55,17 +58,19 @@ class Reference:
             return lambda module, inputs: sums[name].update(inputs[0])
 
         handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in sums]
+        standards = []
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), NormWatch(model) as norms:
                 for batch in calibration:
                     forward(model, batch)
+                    standards.append(norms.standard())
         finally:
             for handle in handles:
                 handle.remove()
         hessians = {name: found.hessian().clone() for name, found in sums.items()}
         if skeleton is not None:
             skeleton = replace(skeleton, module=channels_last(skeleton.module))
-        return Reference(model, graph, hessians, tuple(calibration), forward, target, skeleton)
+        return Reference(model, graph, hessians, tuple(calibration), tuple(standards), forward, target, skeleton)
 
     @property
     def base(self) -> nn.Module:
@@ -102,6 +107,15 @@ def fingerprint(model: nn.Module) -> str:
     for name, value in model.state_dict().items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over types, shapes and bytes of tensors, in their order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -23,6 +23,7 @@ STAGES = {
     "sensitivity": "scoring choices",
     "search": "searching",
     "finish": "finishing",
+    "accuracy": "running the test split",
 }
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry
 from grainwise.plan.layers import Layer
 from grainwise.plan.space import SearchSpace
 from grainwise.plan.target import Target
-from grainwise.report.card import Figures, comparison
+from grainwise.report.card import Figures, comparison, number
 
 
 def inspection(space: SearchSpace, statistics: list[list[float]], target: Target) -> dict[str, Any]:
@@ -109,3 +109,43 @@ def show_figures(figures: Figures, console: Console) -> None:
     for row in comparison(figures):
         table.add_row(*row)
     console.print(table)
+    if "openvino_version" in figures:
+        console.print(_in_openvino(figures), highlight=False)
+
+
+def _in_openvino(figures: Figures) -> str:
+    """One sentence about the same file in the other runtime."""
+    metric, agreement = number(figures, "openvino_accuracy"), 100 * number(figures, "openvino_top1_agreement")
+    largest, mean = (number(figures, f"openvino_{name}_abs_difference") for name in ("max", "mean"))
+    ratio, spread = number(figures, "openvino_latency_ratio"), number(figures, "openvino_latency_noise")
+    return (
+        f"The same file in OpenVINO {figures['openvino_version']}: metric {metric:.4f}; outputs differ from those of "
+        f"ONNX Runtime by {mean:.2g} on average and {largest:.2g} at most, {agreement:.2f} % of first answers are "
+        f"the same; x {ratio:.3f} ± {spread:.3f} of ONNX Runtime's time; kernels: {figures['openvino_kernels']}"
+    )
+
+
+def show_contest(facts: dict[str, Any], console: Console) -> None:
+    """Files side by side, as `bench.Contest.standings` gives them."""
+    table = Table(Column("file", overflow="fold"), "metric", "bytes", "size", "p50, ms", "p95, ms", "time")
+    for row in facts["files"]:
+        table.add_row(
+            row["name"],
+            f"{row['metric']:.4f}",
+            f"{row['size_bytes']:,}",
+            f"x {row['size_ratio']:.4f}",
+            f"{row['p50_ms']:.3f}",
+            f"{row['p95_ms']:.3f}",
+            f"x {row['latency_ratio']:.3f}",
+        )
+    console.print(table)
+    for row in facts["files"]:
+        console.print(f"{row['name']}: 8-bit kernels: {row['kernels'] or 'none'}", highlight=False, markup=False)
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    console.print(
+        f"Batch {facts['batch']}, {threads}, {facts['runtime']} on {facts['device']}; "
+        f"{facts['rounds']} calls of each file, in turn. The time is the median ratio of the "
+        f"{facts['clock']} to that of the first file, which against itself is off by {facts['noise']:.3f}"
+        f"{': noisy, smaller differences mean nothing' if facts['noisy'] else ''}.",
+        highlight=False,
+    )

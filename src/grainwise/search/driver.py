@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -22,6 +23,24 @@ BATCH = 16
 Evaluate = Callable[[Mapping[str, Entry]], Outcome]
 Observer = Callable[[Trial], None]
 """Called after each trial is stored."""
+
+Known = Callable[[str], Measurement | None]
+"""(key) -> the measurement that was stored under it, if there is one."""
+
+
+@runtime_checkable
+class EvaluatesMany(Protocol):
+    """An `Evaluate` that shares work between the profiles of a batch."""
+
+    def __call__(self, entries: Mapping[str, Entry]) -> Outcome: ...
+
+    def many(self, profiles: Sequence[Mapping[str, Entry]], known: Known) -> Iterable[tuple[int, Outcome]]:
+        """(number in `profiles`, outcome), each before the next profile runs, in an order of its own choice."""
+        ...
+
+    def key(self, entries: Mapping[str, Entry]) -> str:
+        """Under which the measurement is stored for other studies; empty for one that is not to be."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +81,25 @@ class Judge:
 
     def __call__(self, number: int, proposal: Proposal) -> Trial:
         start = time.monotonic()
-        outcome = self.evaluate(proposal.entries)
+        return self._trial(number, proposal, self.evaluate(proposal.entries), start)
+
+    def many(self, asked: Mapping[int, Proposal], known: Known) -> Iterator[Trial]:
+        """A trial of each proposal, by number, as soon as it is judged; the next begins when it was taken."""
+        if not isinstance(self.evaluate, EvaluatesMany):
+            yield from (self(number, proposal) for number, proposal in asked.items())
+            return
+        numbers = list(asked)
+        outcomes = iter(self.evaluate.many([asked[number].entries for number in numbers], known))
+        while True:
+            start = time.monotonic()
+            if (found := next(outcomes, None)) is None:
+                return
+            yield self._trial(numbers[found[0]], asked[numbers[found[0]]], found[1], start)
+
+    def key(self, entries: Mapping[str, Entry]) -> str:
+        return self.evaluate.key(entries) if isinstance(self.evaluate, EvaluatesMany) else ""
+
+    def _trial(self, number: int, proposal: Proposal, outcome: Outcome, start: float) -> Trial:
         reward = None if isinstance(outcome, Failure) else self.reward(outcome, self.reference, proposal.entries)
         prefix = self._prefix_rewards(proposal.entries, reward) if self.per_layer and reward is not None else ()
         seconds = time.monotonic() - start
@@ -97,7 +134,8 @@ def search(
 
     Each trial is stored before the next begins, and the searcher's state after each batch, so a search that was cut
     anywhere goes on with the same profiles as an uncut one: the batch that was under way is asked for again and what
-    is in the store of it is not evaluated again.
+    is in the store of it is not evaluated again. Trials are numbered as asked; within a batch they may be judged in
+    another order, which changes nothing, since an outcome depends on its profile alone.
     """
     stored = {trial.number: trial for trial in store.trials(study)}
     told = _restore(searcher, store, study)
@@ -109,17 +147,17 @@ def search(
 
     while not spent():
         count = batch if budget.evaluations is None else min(batch, budget.evaluations - told)
-        trials = []
-        for number, proposal in enumerate(searcher.ask(count), told):
-            if number not in stored:
-                stored[number] = judge(number, proposal)
-                store.add(study, stored[number])
-                observer(stored[number])
-            elif _plain(stored[number].entries) != _plain(proposal.entries):
+        asked = dict(enumerate(searcher.ask(count), told))
+        for number in asked.keys() & stored.keys():
+            if _plain(stored[number].entries) != _plain(asked[number].entries):
                 raise RuntimeError(f"trial {number} of study {study!r} was another profile; the code has changed since")
-            trials.append(stored[number])
-        searcher.tell(trials)
-        told += len(trials)
+        new = {number: proposal for number, proposal in asked.items() if number not in stored}
+        for trial in judge.many(new, store.measurement):
+            stored[trial.number] = trial
+            store.add(study, trial, key=judge.key(trial.entries))
+            observer(trial)
+        searcher.tell([stored[number] for number in asked])
+        told += len(asked)
         tensors, body = searcher.state()
         store.save_checkpoint(study, Checkpoint(told, body, save_tensors(tensors)))
     return tuple(stored[number] for number in sorted(stored))

@@ -54,6 +54,14 @@ class _TrialRow(_Base):
     seconds: Mapped[float] = mapped_column(Float)
 
 
+class _MeasurementRow(_Base):
+    """Added after version 1 was released: databases of that version get the empty table when they are opened."""
+
+    __tablename__ = "measurements"
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    body: Mapped[dict[str, Any]]
+
+
 class _CheckpointRow(_Base):
     __tablename__ = "checkpoints"
     study: Mapped[int] = mapped_column(ForeignKey("studies.id"), primary_key=True)
@@ -140,8 +148,11 @@ class Store:
         with self._session() as session:
             return dict(self._study(session, name).settings)
 
-    def add(self, name: str, trial: Trial) -> None:
+    def add(self, name: str, trial: Trial, *, key: str = "") -> None:
+        """key: under which the trial's measurement serves other studies too, if any."""
         with self._session() as session:
+            if key and trial.measurement is not None:
+                session.merge(_MeasurementRow(key=key, body=trial.measurement.to_json()))
             session.add(
                 _TrialRow(
                     study=self._study(session, name).id,
@@ -153,6 +164,12 @@ class Store:
                     seconds=trial.seconds,
                 )
             )
+
+    def measurement(self, key: str) -> Measurement | None:
+        """What `add` was given under the key, in any study."""
+        with self._session() as session:
+            row = session.get(_MeasurementRow, key)
+            return None if row is None else Measurement(**row.body)
 
     def trials(self, name: str) -> tuple[Trial, ...]:
         """All trials of a study, by number."""
