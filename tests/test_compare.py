@@ -10,7 +10,8 @@ import pytest
 import grainwise as gw
 import grainwise.compare
 from grainwise.api import Observer
-from grainwise.compare import OPTIONS, compare
+from grainwise.compare import OPTIONS, _Bench, _with_milliseconds, compare
+from grainwise.evaluate.calibration import Calibration
 from grainwise.evaluate.evaluator import Evaluator
 from grainwise.plan.space import SpaceKind
 from grainwise.report.comparison import curves, summary
@@ -101,6 +102,23 @@ def test_what_a_run_says_is_what_its_trials_say(prepared: gw.Session, store: Sto
     parts = run["score_seconds"] + run["searcher_seconds"] + run["evaluation_seconds"]
     assert run["seconds"] == pytest.approx(parts)
     assert 0 < run["best"]["seconds"] <= run["seconds"] + 1e-9
+
+
+def test_a_comparison_that_goes_on_keeps_the_milliseconds_it_was_begun_with(
+    prepared: gw.Session, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Calibration | None] = []
+    line = Calibration(0.5, 0.25)
+
+    def with_latency(session: gw.Session, progress: object, known: Calibration | None) -> gw.Session:
+        asked.append(known)
+        return replace(session, line=known or line)
+
+    monkeypatch.setattr(grainwise.compare, "with_latency", with_latency)
+    for _ in range(2):
+        session = _with_milliseconds(prepared, store, "c", Observer())
+        _Bench(session, store, "c", {"size": 0.3}, 1, Observer()).budgets()
+    assert asked == [None, line]
 
 
 def test_another_comparison_under_the_same_name_is_refused(prepared: gw.Session, store: Store) -> None:

@@ -231,9 +231,9 @@ def compare(
         from dataclasses import replace
 
         from grainwise.api import Observer
-        from grainwise.calibrate import with_latency
         from grainwise.compare import OPTIONS
         from grainwise.compare import compare as run
+        from grainwise.evaluate.sharing import Sharing
         from grainwise.search.registry import technique
         from grainwise.store.studies import Store
 
@@ -241,11 +241,9 @@ def compare(
             technique(name)
         wanted = {"size": size, "macs": macs, "latency": latency}
         constraints = {name: share for name, share in wanted.items() if share is not None}
-        session = _session(model, data, metric, forward, threads, space=space, target=target)
+        apart = Sharing(measurements=False)  # each run pays for its own evaluations
+        session = _session(model, data, metric, forward, threads, space=space, target=target, sharing=apart)
         with LiveProgress(evaluations) as live:
-            if latency is not None:
-                live.stage("latency")
-                session = with_latency(session)
             body = run(
                 session,
                 searchers=searchers,

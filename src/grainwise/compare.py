@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
 from torch import Tensor
 
 from grainwise.api import Observer, SearchOptions, make_reward, make_searcher, open_study, study_settings
+from grainwise.calibrate import with_latency
+from grainwise.evaluate.calibration import Calibration
 from grainwise.evaluate.fisher import DRAWS
 from grainwise.plan.projection import Projection
 from grainwise.search.driver import Budget, Judge, search
@@ -24,6 +26,8 @@ from grainwise.study.trial import Trial, best, meets
 
 Clock = list[list[float]]
 """(trials told, seconds that the searcher itself took until then) for each batch."""
+
+_BEGUN = "budgets"  # record of what milliseconds decide
 
 OPTIONS = SearchOptions(complexity_weight=0.0)
 """Shaping is off: every searcher pursues the figure that is compared."""
@@ -46,12 +50,15 @@ def compare(
     The figure of a run is the divergence on the search split of its best profile within the budgets; the test split is
     read once for that profile, when the run has ended, and kept. Scores are measured once for all; a run's `seconds`
     count them in full. Compressed layers are shared between the runs of a process (`VariantLibrary`), so that the first
-    ones pay for solving them: seconds compare techniques roughly, evaluations exactly.
+    ones pay for solving them, and so are measurements unless the session's `Sharing` says otherwise: seconds compare
+    techniques roughly, evaluations exactly.
 
     options: of all searches but for searcher and seed. Raises ValueError for an unknown searcher, StoreError when
     `study` was begun with something else.
     """
     runs = {(name, seed): replace(options, searcher=name, seed=seed) for seed in seeds for name in searchers}
+    if "latency" in constraints:
+        session = _with_milliseconds(session, store, study, observer or Observer())
     bench = _Bench(session, store, study, constraints, evaluations, observer or Observer())
     tables = {found.table: bench.scores(found.table, options) for found in map(technique, searchers) if found.table}
     return {
@@ -69,6 +76,14 @@ def compare(
     }
 
 
+def _with_milliseconds(session: Session, store: Store, study: str, observer: Observer) -> Session:
+    """The session with milliseconds as the comparison was begun with, or as they are measured now."""
+    begun = f"{study}/{_BEGUN}"
+    line = store.settings(begun)["line"] if begun in store.studies() else None
+    observer.stage("latency")
+    return with_latency(session, observer.progress, None if line is None else Calibration(**line))
+
+
 @dataclass(frozen=True)
 class _Bench:
     """What the runs of a comparison share."""
@@ -84,13 +99,14 @@ class _Bench:
         """Those that the comparison was begun with: milliseconds differ from run to run."""
 
         def make() -> dict[str, Any]:
-            return {"budgets": self.session.budgets(self.constraints)}
+            line = self.session.line
+            return {"budgets": self.session.budgets(self.constraints), "line": None if line is None else asdict(line)}
 
-        return dict(self._kept("budgets", {**self._place(), "constraints": dict(self.constraints)}, make)["budgets"])
+        return dict(self._kept(_BEGUN, {**self._place(), "constraints": dict(self.constraints)}, make)["budgets"])
 
     def scores(self, table: Table, options: SearchOptions) -> dict[str, Any]:
         """A table of scores with what it cost, measured once for a comparison. passes: forward passes of the
-        calibration samples; for gradients what equals them, a backward pass counted as two.
+        samples that are scored on; for gradients what equals them, a backward pass counted as two.
         """
         space = self.session.space
         choices = int(space.structures[:, 1:].sum() + space.precisions[:, 1:].sum())
