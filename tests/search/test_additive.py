@@ -72,7 +72,7 @@ def test_local_search_moves_to_the_best_profile(problem: Bed) -> None:
 @pytest.mark.parametrize("make", [additive, greedy, ThompsonSearcher])
 def test_more_evaluations_improve_on_the_first_solution(problem: Bed, make) -> None:
     trials = run(problem, make(problem.projection, problem.sensitivity), 32)
-    assert best_divergence(problem, trials) < 0.95 * best_divergence(problem, trials[:1])
+    assert best_divergence(problem, trials) < 0.97 * best_divergence(problem, trials[:1])
 
 
 def test_thompson_samples_approach_the_solution_of_an_additive_truth() -> None:
