@@ -12,6 +12,7 @@ best profile within the budget, then the test accuracy of that profile; techniqu
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 from dataclasses import replace
@@ -68,15 +69,20 @@ def run(
 
 
 def kept_sensitivity(session: Session, store: Store) -> Sensitivity:
-    """Scores that a study in the store was begun with for the same model and data, or measured now."""
+    """Scores that a study in the store was begun with for the same search space, or measured now."""
+    legal = session.space.structures.tobytes() + session.space.precisions.tobytes()
+    facts = {
+        "model": session.model_fingerprint,
+        "data": session.splits.fingerprint,
+        "target": session.reference.target.name,
+        "legal": hashlib.sha256(legal).hexdigest(),
+    }
     for study in store.studies():
         settings = store.settings(study)
-        same = (settings.get("model"), settings.get("data")) == (session.model_fingerprint, session.splits.fingerprint)
-        if same and settings.get("sensitivity"):
+        if settings.get("sensitivity") and all(settings.get(name) == value for name, value in facts.items()):
             return Sensitivity.from_json(settings["sensitivity"])
     measured = session.sensitivity(lambda done, total: None)
-    body = {"model": session.model_fingerprint, "data": session.splits.fingerprint, "sensitivity": measured.to_json()}
-    store.create("sensitivity", body)
+    store.create(f"sensitivity {len(store.studies())}", {**facts, "sensitivity": measured.to_json()})
     return measured
 
 
