@@ -22,7 +22,7 @@ from grainwise.evaluate.measures import Metric
 from grainwise.export.manifest import MODEL
 from grainwise.plan.choices import Entry, Method
 from grainwise.plan.profile import entries_to_json
-from grainwise.plan.projection import Projection, Unreachable
+from grainwise.plan.projection import Unreachable
 from grainwise.search.driver import Budget, Judge, search
 from grainwise.session import Result, Session
 from grainwise.store.studies import Store
@@ -168,7 +168,7 @@ class Workshop:
         try:
             store.create(name, {"constraints": dict(constraints)})
             budgets = session.budgets(constraints)
-            projection, reward = Projection(session.cost, budgets), make_reward(session, budgets, options)
+            projection, reward = session.projection(budgets), make_reward(session, budgets, options)
             trials = search(
                 searcher=make_searcher(session, projection, self.sensitivity, options, self.evaluations),
                 judge=Judge(session.evaluator, reward, session.evaluator.reference, session.space.graph),

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +11,12 @@ from torch import nn
 
 import grainwise as gw
 from examples import zoo
-from grainwise import calibrate
+from grainwise import api, calibrate
 from grainwise.api import Infeasible, SearchOptions, apply_profile, choose, missed, verify_artefact
 from grainwise.evaluate.data import Data, Splits
 from grainwise.export.artefact import ArtefactError
 from grainwise.graph.forward import default_forward
-from grainwise.plan.choices import Entry, Method
+from grainwise.plan.choices import Choice, Entry, Granularity, Method
 from grainwise.plan.profile import ProfileError
 from grainwise.plan.projection import Unreachable
 from grainwise.plan.space import SpaceKind
@@ -130,6 +132,34 @@ def test_no_trial_within_the_budget_is_infeasible(session: gw.Session) -> None:
         choose(session, [failed], {"size": 1.0})
 
 
+def test_trials_that_are_slower_than_predicted_teach_where_to_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten leading trials are predicted at 0.49 to 0.40 ms and run a tenth slower; 0.5 ms are allowed."""
+    session = _compress(tmp_path).session
+    entries = {layer.name: Entry() for layer in session.space.layers}
+    measured = [Measurement(0.9, 0.01 * n, 1, 1, round(0.49 - 0.01 * n, 2)) for n in range(10)]
+    names = [layer.name for layer in session.space.layers]
+    eight = [Entry(precision=Choice(Method.QUANTIZE, Granularity.CHANNEL, bits)) for bits in (8, 4, 2)]
+    profiles = [{**entries, names[n // 3]: eight[n % 3]} for n in range(10)]
+    trials = [Trial(n, profiles[n], measured[n], 0.0, "controller", 0.0) for n in range(10)]
+    built: list[int] = []
+
+    def finish(found: Mapping[str, Entry]) -> object:
+        built.append(next(n for n, p in enumerate(profiles) if p == found))
+        return SimpleNamespace(measurement=measured[built[-1]])
+
+    monkeypatch.setattr(session.evaluator, "finish", finish)
+    monkeypatch.setattr(
+        api, "_measured", lambda _, c: replace(c.measurement, latency_ms=1.1 * c.measurement.latency_ms)
+    )
+    assert choose(session, trials, {"latency": 0.5}) == profiles[4]
+    assert built == [0, 4, 5, 6, 7, 8]  # after one miss only what is predicted below 0.5 / 1.1
+    del built[:]
+    with pytest.raises(Infeasible, match="1 trials were predicted"):
+        choose(session, trials[:4], {"latency": 0.5})
+
+
 def test_a_latency_budget_is_searched_for_and_met_by_the_file(tmp_path: Path) -> None:
     events: list[str] = []
     options = SearchOptions(searcher="random", prior=False, methods=(Method.QUANTIZE, Method.PRUNE))
@@ -165,8 +195,6 @@ def test_the_packed_target_writes_weights_and_no_file(tmp_path: Path) -> None:
 
 
 def test_missed_constraints_are_told(session: gw.Session) -> None:
-    from dataclasses import replace
-
     result = session.finish({}, trials=0)
     assert missed(result, {"size": 1.0, "accuracy_drop": 0.01}) is None
     measured = Measurement(result.reference.metric - 0.1, 0.1, 10**9, 1)

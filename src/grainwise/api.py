@@ -42,7 +42,7 @@ from grainwise.search.rl import ControllerConfig
 from grainwise.search.searcher import Searcher
 from grainwise.session import EXAMPLE_SAMPLES, Result, Session, reference_file
 from grainwise.store.studies import Store, StoreError
-from grainwise.study.measurement import Failure
+from grainwise.study.measurement import Failure, Measurement
 from grainwise.study.reward import REWARDS, Reward, WithComplexity
 from grainwise.study.sensitivity import Sensitivity
 from grainwise.study.trial import Trial, best, meets
@@ -151,7 +151,7 @@ def compress(
             line = Calibration(**kept["line"]) if kept.get("line") else None
             session = with_latency(session, observer.progress, line)
         budgets = kept["budgets"] if resume else session.budgets(constraints)
-        projection = Projection(session.cost, budgets)
+        projection = session.projection(budgets)
         settings = study_settings(session, constraints, budgets, options)
 
         def measure(table: Table) -> Sensitivity:
@@ -213,11 +213,16 @@ def make_searcher(
 def choose(session: Session, trials: Iterable[Trial], budgets: Mapping[str, float]) -> dict[str, Entry]:
     """The entries to deploy: of the leading trials the one whose deployed form diverges least. Raises Infeasible."""
     pool, fitting, built = list(trials), list[tuple[float, Trial]](), 0
-    while len(fitting) < LEADERS and built < MOST_BUILT and (leader := best(pool, budgets)) is not None:
+    sought = dict(budgets)
+    while len(fitting) < LEADERS and built < MOST_BUILT and (leader := best(pool, sought)) is not None:
         pool = [trial for trial in pool if trial.entries != leader.entries]
         found, built = session.evaluator.finish(leader.entries), built + 1
-        if _holds(session, found, budgets):
+        measured = _measured(session, found)
+        if meets(measured, budgets):
             fitting.append((found.measurement.divergence, leader))
+        elif "latency" in budgets and leader.measurement is not None:  # others will be slower than predicted, too
+            slower = measured.latency_ms / leader.measurement.latency_ms
+            sought["latency"] = min(sought["latency"], budgets["latency"] / slower)
     if fitting:
         return dict(min(fitting, key=lambda pair: (pair[0], pair[1].number))[1].entries)
     if built:
@@ -231,16 +236,15 @@ def choose(session: Session, trials: Iterable[Trial], budgets: Mapping[str, floa
     )
 
 
-def _holds(session: Session, candidate: Candidate, budgets: Mapping[str, float]) -> bool:
-    """True when the built candidate meets the budgets: bytes of its file, milliseconds of its runs."""
-    measured = candidate.measurement
-    if "latency" in budgets and candidate.file is not None:
-        reference, marked = session.evaluator.reference_file, session.evaluator.marked
-        assert reference is not None and marked is not None
-        files = {"reference": reference.SerializeToString(), "candidate": candidate.file.SerializeToString()}
-        ratio = race(files, first_sample(session.example, marked.skeleton.inputs)).ratios["candidate"]
-        measured = replace(measured, latency_ms=ratio * session.evaluator.reference.latency_ms)
-    return meets(measured, budgets)
+def _measured(session: Session, candidate: Candidate) -> Measurement:
+    """Of the built candidate: bytes of its file and, where latency counts, milliseconds of its runs."""
+    if session.line is None or candidate.file is None:
+        return candidate.measurement
+    reference, marked = session.evaluator.reference_file, session.evaluator.marked
+    assert reference is not None and marked is not None
+    files = {"reference": reference.SerializeToString(), "candidate": candidate.file.SerializeToString()}
+    ratio = race(files, first_sample(session.example, marked.skeleton.inputs)).ratios["candidate"]
+    return replace(candidate.measurement, latency_ms=ratio * session.evaluator.reference.latency_ms)
 
 
 def apply_profile(profile: CompressionProfile, session: Session) -> Result:

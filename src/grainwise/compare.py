@@ -15,7 +15,6 @@ from grainwise.api import Observer, SearchOptions, make_reward, make_searcher, o
 from grainwise.calibrate import with_latency
 from grainwise.evaluate.calibration import Calibration
 from grainwise.evaluate.fisher import DRAWS
-from grainwise.plan.projection import Projection
 from grainwise.search.driver import Budget, Judge, search
 from grainwise.search.registry import Table, technique
 from grainwise.search.searcher import Proposal, Searcher, State
@@ -153,7 +152,7 @@ class _Bench:
     ) -> tuple[tuple[Trial, ...], Clock]:
         session, limit = self.session, Budget(evaluations=self.evaluations)
         self.observer.stage("search")
-        projection = Projection(session.cost, budgets)
+        projection = session.projection(budgets)
         searcher = _Timed(lambda: make_searcher(session, projection, sensitivity, options, self.evaluations))
         reward = make_reward(session, budgets, options)
         judge = Judge(session.evaluator, reward, session.evaluator.reference, session.space.graph)

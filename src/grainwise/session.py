@@ -34,6 +34,7 @@ from grainwise.plan.cost import CostModel
 from grainwise.plan.layers import LayerGraph
 from grainwise.plan.prices import COSTS
 from grainwise.plan.profile import CompressionProfile
+from grainwise.plan.projection import Projection
 from grainwise.plan.space import SearchSpace, SpaceKind
 from grainwise.plan.target import Target, resolve_target
 from grainwise.realise.disk import VariantsOnDisk
@@ -43,6 +44,7 @@ from grainwise.report.card import model_card
 from grainwise.study.measurement import Measurement
 from grainwise.study.sensitivity import Sensitivity
 
+AIM = 0.97  # of a latency budget: predictions are off by 2 to 3 % (docs/latency.md)
 EXAMPLE_SAMPLES = 2  # a batch of one would hide the batch dimension from the trace
 
 
@@ -134,6 +136,12 @@ class Session:
         if not budgets:
             raise ValueError(f"give a constraint for at least one of {', '.join(COSTS)}, for instance size=0.125")
         return budgets
+
+    def projection(self, budgets: Mapping[str, float]) -> Projection:
+        """What a search may propose within absolute budgets. Milliseconds are predicted, so it aims a little lower; whether
+        a candidate holds its budget is measured when it is built.
+        """
+        return Projection(self.cost, {n: b * (AIM if n == "latency" else 1.0) for n, b in budgets.items()})
 
     def profile(self, entries: Mapping[str, Entry]) -> CompressionProfile:
         return CompressionProfile(
