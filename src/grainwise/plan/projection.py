@@ -55,8 +55,8 @@ class Projection:
         if (start > self.budget).any():
             short = int(np.argmax(start / self.budget))
             raise Unreachable(
-                f"the {COSTS[short]} budget of {self.budget[short]:.0f} cannot be met: the cheapest profile that the "
-                f"allowed methods give has {start[short]:.0f} of {reference[short]:.0f}"
+                f"the {COSTS[short]} budget of {self.budget[short]:.4g} cannot be met: the cheapest profile that the "
+                f"allowed methods give has {start[short]:.4g} of {reference[short]:.4g}"
             )
 
     def _squeeze(self) -> dict[str, tuple[int, int]]:
