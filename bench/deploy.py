@@ -39,7 +39,7 @@ from grainwise.plan.choices import Method
 
 RESULTS = Path(__file__).parent / "results" / "deploy.json"
 FILES = Path("out") / "bench-deploy"
-FRONTIER = (*({"latency": share} for share in (0.8, 0.7, 0.6, 0.5, 0.4)), {"size": 0.125})
+FRONTIER = (*({"latency": share} for share in (0.8, 0.7, 0.6, 0.5)), {"size": 0.125})
 RIVALS = 2  # uniform files that a search must beat: int8, and int8 with the fewest channels pruned; others fall too far
 SMALLER = 0.7  # of a uniform file's bytes: what a search is asked that may take as long as that file
 BATCHES = (1, 32)
