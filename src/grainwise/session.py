@@ -138,8 +138,8 @@ class Session:
         return budgets
 
     def projection(self, budgets: Mapping[str, float]) -> Projection:
-        """What a search may propose within absolute budgets. Milliseconds are predicted, so it aims a little lower; whether
-        a candidate holds its budget is measured when it is built.
+        """What a search may propose within absolute budgets. Milliseconds are predicted, so it aims a little lower;
+        whether a candidate holds its budget is measured when it is built.
         """
         return Projection(self.cost, {n: b * (AIM if n == "latency" else 1.0) for n, b in budgets.items()})
 
