@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grainwise.evaluate.data import Data, take
+from grainwise.evaluate.evaluator import Evaluator
 from grainwise.evaluate.measures import MetricError
 from grainwise.evaluate.sensitivity import measure_sensitivity
 from grainwise.export.weights import weights_bytes
@@ -98,6 +100,25 @@ def test_sensitivity_measures_each_choice_alone(session: Session) -> None:
     assert mean[0] < mean[1] < mean[2]
     shares = [STRUCTURES.index(Choice(Method.PRUNE, Granularity.LAYER, s)) for s in (0.1, 0.3, 0.5, 0.7)]
     assert (np.diff(found.structures[:, shares].mean(axis=0)) > 0).all()
+
+
+def test_sensitivity_is_scored_on_the_search_split(session: Session) -> None:
+    """The methods are fitted on the calibration split, so their scores there would flatter them."""
+    evaluator = session.evaluator
+    found = measure_sensitivity(evaluator, session.space, samples=32)
+    alone = replace(session.splits, search=take(session.splits.search, 32))
+    wanted = Evaluator(evaluator.library, alone, evaluator.cost, evaluator.scoring, evaluator.marked)
+    outcome = wanted({"down": INT2})
+    assert isinstance(outcome, Measurement)
+    index = [layer.name for layer in session.space.layers].index("down")
+    assert found.precisions[index, PRECISIONS.index(INT2.precision)] == pytest.approx(outcome.divergence, rel=1e-6)
+
+
+def test_a_search_aims_below_its_latency_budget_alone(session: Session) -> None:
+    full = session.evaluator.reference
+    projection = session.projection({"size": full.size_bytes, "macs": full.macs})
+    assert projection.budget[:2].tolist() == [full.size_bytes, full.macs] and np.isinf(projection.budget[2])
+    assert session.projection({"latency": 2.0}).budget[2] == pytest.approx(1.94)  # packed: 0 ms, so it can be met
 
 
 def test_regression_outputs_use_the_squared_error() -> None:
