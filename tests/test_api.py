@@ -14,6 +14,7 @@ from examples import zoo
 from grainwise import api, calibrate
 from grainwise.api import Infeasible, SearchOptions, apply_profile, choose, missed, verify_artefact
 from grainwise.evaluate.data import Data, Splits
+from grainwise.evaluate.evaluator import Candidate
 from grainwise.export.artefact import ArtefactError
 from grainwise.graph.forward import default_forward
 from grainwise.plan.choices import Choice, Entry, Granularity, Method
@@ -21,6 +22,7 @@ from grainwise.plan.profile import ProfileError
 from grainwise.plan.projection import Unreachable
 from grainwise.plan.space import SpaceKind
 from grainwise.realise.norms import reestimate_norms
+from grainwise.session import Session
 from grainwise.store.studies import StoreError
 from grainwise.study.measurement import Failure, Measurement
 from grainwise.study.trial import Trial
@@ -156,8 +158,17 @@ def test_trials_that_are_slower_than_predicted_teach_where_to_look(
     assert choose(session, trials, {"latency": 0.5}) == profiles[4]
     assert built == [0, 4, 5, 6, 7, 8]  # after one miss only what is predicted below 0.5 / 1.1
     del built[:]
-    with pytest.raises(Infeasible, match="1 trials were predicted"):
+    with pytest.raises(Infeasible, match="4 trials were predicted"):
         choose(session, trials[:4], {"latency": 0.5})
+
+    def disturbed(_: Session, candidate: Candidate) -> Measurement:
+        return replace(
+            candidate.measurement, latency_ms=(2 if len(built) == 1 else 1) * candidate.measurement.latency_ms
+        )
+
+    del built[:]
+    monkeypatch.setattr(api, "_measured", disturbed)
+    assert choose(session, trials, {"latency": 0.5}) == profiles[1] and built == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_latency_budget_is_searched_for_and_met_by_the_file(tmp_path: Path) -> None:

@@ -214,7 +214,8 @@ def choose(session: Session, trials: Iterable[Trial], budgets: Mapping[str, floa
     """The entries to deploy: of the leading trials the one whose deployed form diverges least. Raises Infeasible."""
     pool, fitting, built = list(trials), list[tuple[float, Trial]](), 0
     sought = dict(budgets)
-    while len(fitting) < LEADERS and built < MOST_BUILT and (leader := best(pool, sought)) is not None:
+    # One disturbed timing must not rule out all others: where nothing is left below it, the budget itself counts.
+    while len(fitting) < LEADERS and built < MOST_BUILT and (leader := best(pool, sought) or best(pool, budgets)):
         pool = [trial for trial in pool if trial.entries != leader.entries]
         found, built = session.evaluator.finish(leader.entries), built + 1
         measured = _measured(session, found)
