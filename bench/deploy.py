@@ -36,12 +36,13 @@ from grainwise.evaluate.data import Data
 from grainwise.evaluate.deployed import feed
 from grainwise.evaluate.timing import device_name
 from grainwise.plan.choices import Method
+from grainwise.session import AIM
 
 RESULTS = Path(__file__).parent / "results" / "deploy.json"
 FILES = Path("out") / "bench-deploy"
-FRONTIER = (*({"latency": share} for share in (0.8, 0.7, 0.6, 0.5)), {"size": 0.125})
+FRONTIER = (*({"latency": share} for share in (0.8, 0.7, 0.6, 0.5)), *({"size": share} for share in (0.2, 0.125)))
 RIVALS = 2  # uniform files that a search must beat: int8, and int8 with the fewest channels pruned; others fall too far
-SMALLER = 0.7  # of a uniform file's bytes: what a search is asked that may take as long as that file
+SMALLER = (0.85, 0.7)  # of a uniform file's bytes: what a search is asked that may take as long as that file
 BATCHES = (1, 32)
 
 
@@ -59,8 +60,9 @@ def _resnet20(shop: Workshop) -> Iterator[Order]:
         yield shop.searched(f"search, {cost} {share}", asked)
     for order in uniform[:RIVALS]:
         row = shop.kept.rows(shop.part.name)[order.name]
-        asked = {"latency": round(row["made_at_ratio"], 3), "size": round(SMALLER * row["size_ratio"], 4)}
-        yield shop.searched(f"search, as fast as {order.name}, x {SMALLER} of its size", asked)
+        for smaller in SMALLER:
+            asked = {"latency": round(row["made_at_ratio"] / AIM, 3), "size": round(smaller * row["size_ratio"], 4)}
+            yield shop.searched(f"search, as fast as {order.name}, x {smaller} of its size", asked)
 
 
 def _quantize_static(shop: Workshop) -> Order:

@@ -151,7 +151,7 @@ def study(name: str, count: int, rounds: int, folder: Path) -> dict[str, Any]:
     files = {label: subject.file(profile) for label, profile in (fitted | tested).items()}
     files |= {f"{label} again": files[label] for label in tested}
     inputs = {subject.marked.skeleton.inputs[0]: subject.batch[:1].numpy()}
-    ms = {label: timing.cpu_ms for label, timing in time_files(files, inputs, rounds=rounds).items()}
+    ms = {label: timing.cpu_median_ms for label, timing in time_files(files, inputs, rounds=rounds).items()}
     table = table.calibrated(subject.cost, [(profile, ms[label]) for label, profile in fitted.items()])
     profiles = {
         label: {
