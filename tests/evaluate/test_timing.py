@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grainwise.evaluate.calibration import Calibration, fit
+from grainwise.evaluate.calibration import Calibration, Work, fit
 from grainwise.evaluate.timing import (
     Machine,
     Timing,
@@ -68,9 +68,14 @@ def test_errors_and_ranks_by_hand() -> None:
 
 
 def test_the_line_is_found_again() -> None:
-    line = fit([1.0, 2.0, 3.0], [2.5, 4.5, 6.5])
-    assert (line.slope, line.offset_ms) == (pytest.approx(2.0), pytest.approx(0.5))
-    assert fit([1.0, 2.0], [2.0, 1.0]).slope == 1.0
-    assert line.of(10.0) == pytest.approx(20.5)
+    works = [Work(1.0, 1), Work(2.0, 5), Work(3.0, 2), Work(4.0, 9)]
+    line = fit(works, [2 * work.ms - 0.1 * work.kernels + 0.5 for work in works])
+    assert (line.slope, line.kernel_ms, line.offset_ms) == pytest.approx((2.0, -0.1, 0.5))
+    assert line.whole(Work(10.0, 5)) == pytest.approx(20.0)
+    assert line.part(Work(10.0, 5)) == pytest.approx(19.5)
+    assert line.part(Work(0.1, 9)) == 0.0
+    assert fit([Work(1.0, 1), Work(2.0, 1)], [2.0, 1.0]).slope == 1.0
+    with pytest.raises(ValueError, match="line"):
+        fit(works[:1], [1.0])
     with pytest.raises(ValueError, match="slope"):
         Calibration(-1.0)

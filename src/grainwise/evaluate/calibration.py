@@ -17,39 +17,61 @@ from grainwise.plan.cost import CostModel
 from grainwise.plan.projection import BLOCK_STUDENTS, Projection, Walk
 from grainwise.plan.space import SearchSpace
 
-MIXES = 4  # random profiles among those that are measured
+MIXES = 6  # random profiles among those that are measured
 
 _EIGHT = Choice(Method.QUANTIZE, Granularity.CHANNEL, 8)
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """Kernels that run one after the other. ms: their time by themselves. kernels: how many they are."""
+
+    ms: float = 0.0
+    kernels: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.ms + other.ms, self.kernels + other.kernels)
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
-    """Milliseconds of a whole network from the sum of its kernels: slope * sum + offset. slope is positive."""
+    """Milliseconds of a whole network from its work: slope * ms + kernel_ms * kernels + offset_ms.
+
+    slope is positive. kernel_ms: what a kernel takes more (or, mostly, less) in a network than by itself, where the
+    profiler disturbs it and the caches are as another kernel left them.
+    """
 
     slope: float = 1.0
     offset_ms: float = 0.0
+    kernel_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.slope > 0:
             raise ValueError(f"slope must be above 0, got {self.slope}: more work would take less time")
 
-    def of(self, kernels_ms: float) -> float:
-        return self.slope * kernels_ms + self.offset_ms
+    def part(self, work: Work) -> float:
+        """Milliseconds of a part of a network, never below 0."""
+        return max(0.0, self.slope * work.ms + self.kernel_ms * work.kernels)
+
+    def whole(self, work: Work) -> float:
+        return self.part(work) + self.offset_ms
 
 
-def fit(kernels_ms: Sequence[float], measured_ms: Sequence[float]) -> Calibration:
-    """The line of least squared relative error; of slope 1 where the best has none that is positive.
+def fit(works: Sequence[Work], measured_ms: Sequence[float]) -> Calibration:
+    """The calibration of least squared relative error; without what is the same for each kernel, and then of slope 1,
+    where the best has no positive slope.
 
     Raises ValueError for fewer than two networks.
     """
-    if len(kernels_ms) < 2 or len(kernels_ms) != len(measured_ms):
-        raise ValueError(f"{len(kernels_ms)} sums and {len(measured_ms)} times do not make a line: give two of each")
-    sums, times = np.asarray(kernels_ms, dtype=np.float64), np.asarray(measured_ms, dtype=np.float64)
-    matrix = np.stack([sums, np.ones_like(sums)], axis=1) / times[:, None]
-    slope, offset = np.linalg.lstsq(matrix, np.ones_like(times), rcond=None)[0]
-    if not slope > 0:
-        return Calibration(1.0, float(np.mean(times - sums)))
-    return Calibration(float(slope), float(offset))
+    if len(works) < 2 or len(works) != len(measured_ms):
+        raise ValueError(f"{len(works)} sums and {len(measured_ms)} times do not make a line: give two of each")
+    times = np.asarray(measured_ms, dtype=np.float64)
+    columns = np.array([(work.ms, 1.0, work.kernels) for work in works]) / times[:, None]
+    for terms in (3, 2):
+        slope, *others = np.linalg.lstsq(columns[:, :terms], np.ones_like(times), rcond=None)[0]
+        if slope > 0:
+            return Calibration(float(slope), *map(float, others))
+    return Calibration(1.0, float(np.mean(times - [work.ms for work in works])))
 
 
 def random_profile(space: SearchSpace, generator: np.random.Generator) -> dict[str, Entry]:

@@ -1,7 +1,7 @@
 """Milliseconds of any plan at batch 1, without building it: kernels measured once, conversions counted, a fitted line.
 
-A network's time is taken as slope * (kernels of its layers + conversions between them) + offset. Kernels come from
-ONNX Runtime's profiler, slope and offset from a few whole networks.
+Kernels of the layers and conversions between them come from ONNX Runtime's profiler; a network's time comes from their
+sum and number by a `Calibration` on a few whole networks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from grainwise.evaluate.calibration import Calibration, fit
+from grainwise.evaluate.calibration import Calibration, Work, fit
 from grainwise.evaluate.conversions import Circuit, Form, Kernel
 from grainwise.evaluate.grids import Grid, block_width
 from grainwise.evaluate.kernels import KernelTimes, Key
@@ -64,10 +64,9 @@ class LatencyTable:
 
         Raises ValueError for fewer than two.
         """
-        plain = LatencyTable(self.marked, self.shapes, self.grids, self.times)
         measured = [ms for _, ms in runs]
-        parts = fit([plain.sum_ms(entries, cost) for entries, _ in runs], measured)
-        whole = fit([plain.predict_ms(entries, cost) for entries, _ in runs], measured)
+        parts = fit([self._summed(entries, cost) for entries, _ in runs], measured)
+        whole = fit([self._known(entries, cost) for entries, _ in runs], measured)
         return LatencyTable(self.marked, self.shapes, self.grids, self.times, parts, whole)
 
     # -- measuring
@@ -97,17 +96,20 @@ class LatencyTable:
         """Milliseconds of an entry's kernels at a (narrowed) geometry, and of what changes the form of its values where
         the uncompressed layer needs no such change. 0 for a layer that does not run or shares another's weight.
         """
+        return self.parts.part(self._work(layer, geometry, structure, precision))
+
+    def _work(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> Work:
         if layer.name not in self.places:
-            return 0.0
+            return Work()
         found = self.measured(layer, geometry, structure, precision)
-        total = found.ms
+        total = Work(found.ms, found.kernels)
         if not self.times.target.static(geometry, structure, precision):
             usual = self._usual_forms[layer.name]
             if usual.reads_blocked and not found.reads_blocked:
-                total += self.times.line(Kernel.REORDER_OUTPUT).of(layer.positions_in * geometry.inputs)
+                total += Work(self.times.line(Kernel.REORDER_OUTPUT).of(layer.positions_in * geometry.inputs), 1)
             if usual.writes_blocked and not found.writes_blocked:
-                total += self.times.line(Kernel.REORDER_INPUT).of(layer.positions_out * geometry.outputs)
-        return self.parts.slope * total
+                total += Work(self.times.line(Kernel.REORDER_INPUT).of(layer.positions_out * geometry.outputs), 1)
+        return total
 
     def measured(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> Measured:
         """Kernels of an entry, interpolated between measured widths; forms are those of the nearest ones."""
@@ -144,7 +146,7 @@ class LatencyTable:
         """Milliseconds of what runs between the layers when those of these names run in static 8 bits, all layers at
         their full widths.
         """
-        return self.parts.slope * self._between(frozenset(static), self._usual_forms, {})
+        return self.parts.part(self._between(frozenset(static), self._usual_forms, {}))
 
     def conversions(self, static: Collection[str]) -> Counter[Kernel]:
         """How often each kernel runs between the layers when those of these names run in static 8 bits."""
@@ -154,39 +156,51 @@ class LatencyTable:
             found[kernel] += count
         return found
 
-    def _between(self, static: frozenset[str], forms: Mapping[str, Form], widths: Mapping[str, float]) -> float:
-        """Milliseconds of all conversions. widths: share of the channels left at a point, 1 where it does not say."""
+    def _between(self, static: frozenset[str], forms: Mapping[str, Form], widths: Mapping[str, float]) -> Work:
+        """All conversions. widths: share of the channels left at a point, 1 where it does not say."""
         counts = self._circuit.conversions(static, self._skeleton.active(static), forms)
         points = self._skeleton.points
-        return sum(
+        ms = sum(
             count * self.times.line(kernel).of(points[point].elements * widths.get(point, 1.0))
             for (kernel, point), count in counts.items()
         )
+        return Work(ms, counts.total())
 
     # -- a whole network
 
     def sum_ms(self, entries: Mapping[str, Entry], cost: CostModel) -> float:
         """What a search adds up for a profile: every `layer_ms`, `boundary_ms` and `offset_ms`."""
-        static, total = set(), self.offset_ms
-        for name, (geometry, entry) in self._entries(entries, cost).items():
-            total += self.layer_ms(self._layers[name], geometry, entry.structure, entry.precision)
-            if self.times.target.static(geometry, entry.structure, entry.precision):
-                static.add(name)
-        return total + self.boundary_ms(static)
+        found = self._entries(entries, cost)
+        layers = (self.layer_ms(self._layers[n], g, e.structure, e.precision) for n, (g, e) in found.items())
+        return self.offset_ms + sum(layers) + self.boundary_ms(self._static(found))
+
+    def _summed(self, entries: Mapping[str, Entry], cost: CostModel) -> Work:
+        """What `sum_ms` is made of."""
+        found = self._entries(entries, cost)
+        layers = (self._work(self._layers[n], g, e.structure, e.precision) for n, (g, e) in found.items())
+        return sum(layers, self._between(self._static(found), self._usual_forms, {}))
 
     def predict_ms(self, entries: Mapping[str, Entry], cost: CostModel) -> float:
         """Milliseconds of a profile, forms and widths of all layers known: closer than `sum_ms`, which adds up parts
         that know nothing of each other.
         """
+        return self.whole.whole(self._known(entries, cost))
+
+    def _known(self, entries: Mapping[str, Entry], cost: CostModel) -> Work:
+        """What `predict_ms` is made of."""
         found = self._entries(entries, cost)
         kernels = {
             name: self.measured(self._layers[name], g, e.structure, e.precision) for name, (g, e) in found.items()
         }
-        static = {name for name, (g, e) in found.items() if self.times.target.static(g, e.structure, e.precision)}
         forms = {name: _form(times) for name, times in kernels.items()}
         left = {name: g.outputs / self._layers[name].geometry.outputs for name, (g, _) in found.items()}
-        between = self._between(frozenset(static), forms, self._circuit.widths(left))
-        return self.whole.of(between + sum(times.ms for times in kernels.values()))
+        between = self._between(self._static(found), forms, self._circuit.widths(left))
+        return sum((Work(times.ms, times.kernels) for times in kernels.values()), between)
+
+    def _static(self, found: Mapping[str, tuple[Geometry, Entry]]) -> frozenset[str]:
+        """Layers that run in static 8 bits."""
+        static = self.times.target.static
+        return frozenset(name for name, (g, e) in found.items() if static(g, e.structure, e.precision))
 
     def _entries(self, entries: Mapping[str, Entry], cost: CostModel) -> dict[str, tuple[Geometry, Entry]]:
         """Geometry and entry of each layer that runs."""
