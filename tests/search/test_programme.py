@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 import pytest
 
-from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry, Method, entry_of, numbers_of
+from grainwise.plan.choices import PRECISIONS, STRUCTURES, Choice, Entry, Granularity, Method, entry_of, numbers_of
 from grainwise.plan.cost import CostModel
 from grainwise.plan.layers import Block, Coupling, LayerGraph
 from grainwise.plan.prices import COSTS, Cost, PackedPrices, Shared
@@ -120,6 +120,23 @@ def test_shared_parts_are_paid_once_and_conversions_are_checked(
         assert _score(scores, found) <= _score(scores, reduced(projection, scores))
         if not boundary:
             assert _score(scores, found) <= 1.0015 * min(_score(scores, p) for p in fitting)
+
+
+def test_what_only_pays_in_all_layers_together_is_found() -> None:
+    """Between layers of 8 bits and others stands a conversion that costs more than 8 bits save in any one layer."""
+    space, others = _space((Method.PRUNE, Method.QUANTIZE))
+    eight = PRECISIONS.index(Choice(Method.QUANTIZE, Granularity.CHANNEL, 8))
+    common = _common(3, 60_000.0)
+    static = np.zeros_like(common.static)
+    static[:, :, eight] = True
+    digits = PackedPrices.of(space.layers, list(others.values())).digits
+    cost = CostModel(space, others, SharedPrices(digits, replace(common, static=static)))
+    projection = _projection(cost, size=0.6)
+    scores = np.full((3, len(STRUCTURES), len(PRECISIONS)), 10.0)
+    scores[:, 1:] = 1.0
+    scores[:, 0, eight], scores[:, 0, 0] = 0.01, 0.0
+    everywhere = {layer.name: Entry(precision=PRECISIONS[eight]) for layer in space.layers}
+    assert reduced(projection, scores) == Programme(projection).solve(scores) == everywhere
 
 
 def test_a_layer_in_a_block_may_stay_plain_though_a_structure_costs_and_scores_less() -> None:

@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from grainwise.search.baselines import EvolutionSearcher, RandomSearcher
-from grainwise.search.prior import Prior
+from grainwise.search.draft import Draft
+from grainwise.search.local import score_of
+from grainwise.search.prior import Prior, finite_scores
+from grainwise.search.programme import Programme
 from grainwise.search.rl import ControllerConfig, ControllerSearcher
 from grainwise.search.searcher import Searcher
 from tests.search.searcher_contract import SearcherContract
@@ -45,7 +48,13 @@ def problem() -> Bed:
 def test_the_additive_solution_comes_first(problem: Bed) -> None:
     proposals = searcher(problem).ask(4)
     assert proposals[0].source == "prior"
-    assert proposals[0].entries == Prior(problem.projection, problem.sensitivity).solution()
+    scores = finite_scores(problem.projection, problem.sensitivity)
+    first = score_of(Draft(problem.projection.cost, proposals[0].entries), scores)
+    for rival in (
+        Programme(problem.projection).solve(scores),
+        Prior(problem.projection, problem.sensitivity).solution(),
+    ):
+        assert first <= 1.001 * score_of(Draft(problem.projection.cost, rival), scores)
     assert {p.source for p in proposals[1:]} == {"controller"}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,15 +58,28 @@ def rises(draft: Draft, scores: Table, index: int) -> NDArray[np.float64]:
 
 
 def reduced(projection: Projection, scores: Table) -> dict[str, Entry]:
-    """The greedy solution: the uncompressed network reduced to the budgets, then its slack filled.
+    """The greedy solution: a network reduced to the budgets, then its slack filled; the best from several starts.
 
-    Where single changes end in a corner above a budget, the cheapest profile is taken instead.
+    They are the uncompressed network and every uniform precision: what a conversion between kernels costs is only saved
+    once both of its neighbours have changed, so that single changes from one end alone never find the other.
+    Where they all end in corners above a budget, the cheapest profile is taken instead.
     """
-    draft = Draft(projection.cost, {})
-    if not reduce(draft, scores, projection):
-        draft = Draft(projection.cost, cheapest(projection))
-    fill(draft, scores, projection.budget)
-    return draft.entries()
+    found = (Draft(projection.cost, start) for start in _uniform(projection))
+    drafts = [draft for draft in found if reduce(draft, scores, projection)]
+    for draft in drafts or (drafts := [Draft(projection.cost, cheapest(projection))]):
+        fill(draft, scores, projection.budget)
+    return min(drafts, key=lambda draft: score_of(draft, scores)).entries()
+
+
+def _uniform(projection: Projection) -> Iterator[dict[str, Entry]]:
+    """No compression, then each precision in all layers that may take it."""
+    space = projection.space
+    for number, precision in enumerate(PRECISIONS):
+        yield {
+            layer.name: Entry(precision=precision)
+            for index, layer in enumerate(space.layers)
+            if space.precisions[index, number]
+        }
 
 
 def exchange(

@@ -28,9 +28,16 @@ class Prior:
     what the remaining layers are expected to cost fits what is left.
 
     temperature: in units of the additive solution's score per layer. sensitivity None: all weights are equal.
+    known: a profile within the budgets that the solution must not be worse than.
     """
 
-    def __init__(self, projection: Projection, sensitivity: Sensitivity | None, temperature: float = 0.5) -> None:
+    def __init__(
+        self,
+        projection: Projection,
+        sensitivity: Sensitivity | None,
+        temperature: float = 0.5,
+        known: Mapping[str, Entry] | None = None,
+    ) -> None:
         self.projection = projection
         self.sensitivity = sensitivity
         self._layers = len(projection.space.layers)
@@ -38,7 +45,7 @@ class Prior:
         if sensitivity is None:
             return
         self.scores = finite_scores(projection, sensitivity)
-        self._solve()
+        self._solve(Draft(projection.cost, known or cheapest(projection)))
         self.set_temperature(temperature)
 
     def set_temperature(self, temperature: float) -> None:
@@ -76,10 +83,12 @@ class Prior:
         floored: Table = np.maximum(value - value.max(axis=(-2, -1), keepdims=True), -60.0)
         return floored
 
-    def _solve(self) -> None:
-        """Coordinate bisection on the multipliers; each solution is the Lagrangian one by coordinate descent."""
+    def _solve(self, draft: Draft) -> None:
+        """Coordinate bisection on the multipliers; each solution is the Lagrangian one by coordinate descent from a
+        draft within the budgets.
+        """
         shared = self.projection
-        draft = Draft(shared.cost, cheapest(shared))
+        self._remember(draft)
         multipliers = np.zeros(len(COSTS))
         tried: set[tuple[tuple[int, int], ...]] = set()
         unit = self.scores[np.isfinite(self.scores)].max()
@@ -95,8 +104,6 @@ class Prior:
                     )
                 multipliers[k] = unit * high / shared.budget[k]
         self._descend(draft, multipliers)
-        if self._best is None:
-            self._remember(Draft(shared.cost, cheapest(shared)))
         assert self._best is not None
         self.multipliers: Cost = np.maximum(multipliers, 0.0)
         solved = Draft(shared.cost, self._best[1])
