@@ -181,6 +181,22 @@ def sharing() -> str:
     return "\n\n".join([*parts, note])
 
 
+def shrinkage() -> str:
+    """One row a layer and number of pictures, a column for each share that H's other elements were made smaller by."""
+    body = _read("shrinkage")
+    ways = list(body["rows"][0]["errors"])
+    rows = [
+        [
+            f"`{row['layer']}`",
+            *(f"{row[name]:,}" for name in ("inputs", "pictures", "rows")),
+            *(f"{100 * row['errors'][way]:.3f}" for way in ways),
+        ]
+        for row in body["rows"]
+    ]
+    table = _table(["layer", "inputs", "pictures", "rows of x", *ways], rows)
+    return f"{table}\n\nErrors in percent. `{body['command']}` on {body['machine']}."
+
+
 def deploy() -> str:
     """One table a network: every file of its race, then what the search has against each uniform one."""
     if not (RESULTS / "deploy.json").exists():
@@ -227,29 +243,37 @@ def _deployed(part: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+EQUAL = 0.001  # of the metric: ten pictures of ten thousand
+
+
 def duel(files: list[dict[str, Any]], noise: float) -> str:
-    """For each file that is no search's: the smallest found file that is no slower (beyond the noise) and the fastest
-    one that is no larger, both of no lower metric; empty where there is nothing to compare.
+    """For each file that is no search's, of the found files of equal or better metric: the smallest, the smallest that is
+    no slower (beyond the noise), the fastest, and the fastest that is no larger; empty with nothing to compare.
     """
     found = [file for file in files if file["kind"] == "search"]
     lines = []
     for other in [file for file in files if file["kind"] in ("uniform", "foreign")]:
-        good = [file for file in found if file["metric"] >= other["metric"]]
-        smaller = [f for f in good if f["latency_ratio"] <= other["latency_ratio"] + noise]
-        faster = [f for f in good if f["size_bytes"] <= other["size_bytes"]]
+        good = [file for file in found if file["metric"] >= other["metric"] - EQUAL]
+        as_fast = [f for f in good if f["latency_ratio"] <= other["latency_ratio"] + noise]
+        as_small = [f for f in good if f["size_bytes"] <= other["size_bytes"]]
         cells = [other["name"]]
-        for pool, name in ((smaller, "size_bytes"), (faster, "latency_ratio")):
-            share, best = min(((file[name] / other[name], file["name"]) for file in pool), default=(1.0, ""))
-            cells.append(f"x {share:.3f}: {best}" if share < 1 else "none")
+        pools = ((good, "size_bytes"), (as_fast, "size_bytes"), (good, "latency_ratio"), (as_small, "latency_ratio"))
+        for pool, name in pools:
+            best = min(pool, key=lambda file: file[name], default=other)
+            share = best[name] / other[name]
+            gain = 100 * (best["metric"] - other["metric"])
+            cells.append(f"x {share:.3f} ({gain:+.2f}): {best['name']}" if share < 1 else "none")
         lines.append(cells)
-    head = ["of no lower metric than", "bytes, no slower", "time, no larger"]
-    return _table(head, lines) if found and lines else ""
+    head = ["at no lower metric than", "bytes", "bytes, no slower", "time", "time, no larger"]
+    note = f"In brackets: points of the metric more or less; within {100 * EQUAL:g} they count as equal."
+    return f"{_table(head, lines)}\n\n{note}" if found and lines else ""
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "frontier": ("README.md", frontier),
     "controller": ("docs/controller.md", controller),
     "methods": ("docs/methods.md", methods),
+    "shrinkage": ("docs/methods.md", shrinkage),
     "latency": ("docs/latency.md", latency),
     "deploy": ("docs/deploy.md", deploy),
 }

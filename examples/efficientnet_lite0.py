@@ -36,7 +36,7 @@ STAGES = (  # expansion, outputs, blocks, kernel, stride of the first block
     (6, 320, 1, 3, 1),
 )
 PIXELS = 128
-CALIBRATION, SEARCH, TEST = 256, 128, 500
+CALIBRATION, SEARCH, TEST = 1024, 256, 2000
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -119,7 +119,7 @@ def model() -> EfficientNetLite0:
 
 
 def data() -> Data:
-    """Pictures [B, 3, 128, 128], 256 for calibration, 128 for search and 500 for test; targets as in `agreement`."""
+    """Pictures [B, 3, 128, 128], 1024 for calibration, 256 for search and 2000 for test; targets as in `agreement`."""
     parts = cifar10.parts(calibration=CALIBRATION, search=SEARCH, test=TEST)
     inputs = {
         split: F.interpolate(normalise(images), size=(PIXELS, PIXELS), mode="bilinear", align_corners=False)

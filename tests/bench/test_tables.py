@@ -17,16 +17,19 @@ def test_only_files_of_no_lower_metric_count() -> None:
         file("int8", "uniform", 0.8, 300, 0.5),
         file("theirs", "foreign", 0.95, 300, 0.5),
         file("half", "uniform", 0.5, 100, 0.2),
-        file("small", "search", 0.8, 150, 0.51),
-        file("smaller, less accurate", "search", 0.79, 100, 0.5),
+        file("small", "search", 0.7995, 150, 0.51),
+        file("smaller, slow", "search", 0.8, 120, 0.9),
+        file("smaller, less accurate", "search", 0.7985, 100, 0.5),
         file("fast", "search", 0.81, 300, 0.4),
         file("fast, large", "search", 0.85, 301, 0.3),
     ]
-    rows = duel(files, noise=0.01).splitlines()[2:]
-    assert rows == [
-        "| int8 | x 0.500: small | x 0.800: fast |",  # as slow as int8 within the noise; the fastest is larger
-        "| theirs | none | none |",
-        "| half | none | none |",
+    smallest, fast = "x 0.400 (+0.00): smaller, slow", "x 0.800 (+1.00): fast"
+    rows = duel(files, noise=0.01).splitlines()[2:5]
+    assert rows == [  # small is as slow as int8 within the noise, and as accurate; what is fastest is larger
+        f"| int8 | {smallest} | x 0.500 (-0.05): small | x 0.600 (+5.00): fast, large | {fast} |",
+        "| theirs | none | none | none | none |",
+        "| half | none | none | none | none |",
     ]
-    assert duel(files, noise=0.001).splitlines()[2] == "| int8 | none | x 0.800: fast |"
+    narrow = duel(files, noise=0.001).splitlines()[2]
+    assert narrow == f"| int8 | {smallest} | none | x 0.600 (+5.00): fast, large | {fast} |"
     assert duel([f for f in files if f["kind"] != "search"], 0.01) == ""

@@ -82,6 +82,6 @@ def test_it_exports_with_any_batch() -> None:
 def test_its_data_are_disjoint_and_labelled() -> None:
     splits = Splits.read(or_skip(efficientnet_lite0.data))
     sizes = [sum(len(batch.inputs) for batch in part) for part in (splits.calibration, splits.search, splits.test)]
-    assert sizes == [256, 128, 500]
+    assert sizes == [1024, 256, 2000]
     assert splits.test[0].inputs.shape == (32, 3, 128, 128)
     assert len(torch.cat([batch.targets for batch in splits.test]).unique()) > 100

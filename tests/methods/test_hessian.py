@@ -6,11 +6,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
 
 from grainwise.methods.hessian import HessianAccumulator, sampling_stride
+from grainwise.methods.problem import LayerProblem, StageProblem
+from grainwise.methods.quantize import quantize
+from grainwise.methods.storage import CENTRE, spread_scales
+from grainwise.plan.choices import NONE, Choice, Granularity, Method
 from grainwise.plan.layers import Kind
-from tests.methods.samples import GEOMETRIES, sample_inputs, synthetic
+from grainwise.plan.shapes import stages
+from tests.methods.samples import GEOMETRIES, sample_inputs, smooth_pictures, synthetic
 
 
 @pytest.mark.parametrize("name", [n for n, g in GEOMETRIES.items() if g.kind is Kind.CONV2D])
@@ -71,6 +77,32 @@ def test_linear_takes_sequences() -> None:
     flat.update(x)
     sequences.update(x.reshape(8, 4, 16, 64))
     assert torch.allclose(flat.hessian(), sequences.hessian(), atol=1e-5)
+
+
+def test_few_rows_are_trusted_less() -> None:
+    """A layer of 64 inputs that saw 32 samples, in 4 bits: less error on other samples, more on the ones it saw."""
+    g = GEOMETRIES["linear"]
+    x = smooth_pictures(4096, 64).relu()
+    seen, others = HessianAccumulator(g), HessianAccumulator(g)
+    seen.update(x[:32])
+    others.update(x[32:])
+    weight = torch.randn(g.weight_shape, generator=torch.Generator().manual_seed(1))
+    bias = torch.zeros(g.outputs) if g.bias else None
+
+    def errors(hessian: Tensor) -> list[float]:
+        """Of the layer that is fitted to `hessian`, on what was seen and on others."""
+        fitted = LayerProblem(g, weight, bias, hessian)
+        choice = Choice(Method.QUANTIZE, Granularity.CHANNEL, 4)
+        found = quantize(StageProblem(fitted, stages(g, NONE)[0]), choice)
+        values = (found.codes.float() - CENTRE[4]) * spread_scales(found.scale.float(), g, Granularity.CHANNEL)
+        on = (LayerProblem(g, weight, bias, accumulator.hessian()) for accumulator in (seen, others))
+        return [problem.relative_error(values) for problem in on]
+
+    plain, shrunk = errors(seen.hessian()), errors(seen.shrunk())
+    assert shrunk[0] > plain[0] and shrunk[1] < 0.9 * plain[1]
+    assert torch.equal(seen.shrunk().diagonal(dim1=1, dim2=2), seen.hessian().diagonal(dim1=1, dim2=2))
+    many = (others.shrunk() - others.hessian()).norm() / others.hessian().norm()
+    assert many < 0.01
 
 
 def test_refusals() -> None:

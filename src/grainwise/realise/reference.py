@@ -50,7 +50,9 @@ class Reference:
         target: Target = PACKED,
         skeleton: Skeleton | None = None,
     ) -> Reference:
-        """One pass of the calibration batches through a copy of `model`, accumulating H = E[x xᵀ] of every layer."""
+        """One pass of the calibration batches through a copy of `model`, accumulating H = E[x xᵀ] of every layer; it is
+        kept `shrunk`, as is to be expected on other samples.
+        """
         model = channels_last(copy.deepcopy(model)).eval().requires_grad_(False)
         sums = {layer.name: HessianAccumulator(layer.geometry) for layer in graph.layers if not layer.blocked}
 
@@ -67,7 +69,7 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
-        hessians = {name: found.hessian().clone() for name, found in sums.items()}
+        hessians = {name: found.shrunk().clone() for name, found in sums.items()}
         if skeleton is not None:
             skeleton = replace(skeleton, module=channels_last(skeleton.module))
         return Reference(model, graph, hessians, tuple(calibration), tuple(standards), forward, target, skeleton)
