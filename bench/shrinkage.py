@@ -2,8 +2,8 @@
 
     python -m bench.shrinkage [--pictures 256 1024]
 
-Layers of EfficientNet-Lite0 are quantised to 4 bits in groups, with an H whose elements off the diagonal are made
-smaller by some shares and by `HessianAccumulator.shrunk`. Writes bench/results/shrinkage.json.
+Layers of EfficientNet-Lite0 are quantised to 4 bits in groups, with an H whose covariances are made smaller by some
+shares and by `HessianAccumulator.shrunk`. Writes bench/results/shrinkage.json.
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ def main() -> None:
     for count in arguments.pictures:
         for name, found in gather(model, geometries, enlarged["calibration"][:count]).items():
             h, layer, geometry = found.hessian(), model.get_submodule(name), geometries[name]
-            diagonal = torch.diag_embed(h.diagonal(dim1=1, dim2=2))
-            errors = {str(s): error(layer, geometry, (1 - s) * h + s * diagonal, others[name]) for s in SHARES}
+            covariance = h - (means := found.sums / found.count)[:, :, None] * means[:, None]
+            covariance.diagonal(dim1=1, dim2=2).zero_()
+            errors = {str(share): error(layer, geometry, h - share * covariance, others[name]) for share in SHARES}
             errors["shrunk"] = error(layer, geometry, found.shrunk(), others[name])
             row = {"layer": name, "inputs": geometry.fan_in, "pictures": count, "rows": found.count, "errors": errors}
             print(json.dumps(row), flush=True)

@@ -182,7 +182,7 @@ def sharing() -> str:
 
 
 def shrinkage() -> str:
-    """One row a layer and number of pictures, a column for each share that H's other elements were made smaller by."""
+    """One row a layer and number of pictures, a column for each share that covariances were made smaller by."""
     body = _read("shrinkage")
     ways = list(body["rows"][0]["errors"])
     rows = [
@@ -247,8 +247,8 @@ EQUAL = 0.001  # of the metric: ten pictures of ten thousand
 
 
 def duel(files: list[dict[str, Any]], noise: float) -> str:
-    """For each file that is no search's, of the found files of equal or better metric: the smallest, the smallest that is
-    no slower (beyond the noise), the fastest, and the fastest that is no larger; empty with nothing to compare.
+    """For each file that is no search's, of the found files of equal or better metric: the smallest, the smallest that
+    is no slower (beyond the noise), the fastest, and the fastest that is no larger; empty with nothing to compare.
     """
     found = [file for file in files if file["kind"] == "search"]
     lines = []

@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 
 from bench.controller import kept_sensitivity
-from grainwise.api import Infeasible, SearchOptions, choose, make_reward, make_searcher
+from grainwise.api import SearchOptions, make_reward, make_searcher
 from grainwise.bench import REFERENCE, Contest
 from grainwise.calibrate import with_latency
 from grainwise.evaluate.data import Data
 from grainwise.evaluate.measures import Metric
 from grainwise.export.manifest import MODEL
+from grainwise.leaders import Infeasible, aimed, choose
 from grainwise.plan.choices import Entry, Method
 from grainwise.plan.profile import entries_to_json
 from grainwise.plan.projection import Unreachable
@@ -168,7 +169,8 @@ class Workshop:
         try:
             store.create(name, {"constraints": dict(constraints)})
             budgets = session.budgets(constraints)
-            projection, reward = session.projection(budgets), make_reward(session, budgets, options)
+            projection = session.projection(budgets, aimed(session, budgets, self.sensitivity))
+            reward = make_reward(session, budgets, options)
             trials = search(
                 searcher=make_searcher(session, projection, self.sensitivity, options, self.evaluations),
                 judge=Judge(session.evaluator, reward, session.evaluator.reference, session.space.graph),

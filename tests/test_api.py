@@ -4,26 +4,29 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import grainwise as gw
 from examples import zoo
-from grainwise import api, calibrate
-from grainwise.api import Infeasible, SearchOptions, apply_profile, choose, missed, verify_artefact
+from grainwise import calibrate, leaders
+from grainwise.api import SearchOptions, apply_profile, missed, open_study, verify_artefact
 from grainwise.evaluate.data import Data, Splits
 from grainwise.evaluate.evaluator import Candidate
 from grainwise.export.artefact import ArtefactError
 from grainwise.graph.forward import default_forward
+from grainwise.leaders import Infeasible, aimed, choose
 from grainwise.plan.choices import Choice, Entry, Granularity, Method
 from grainwise.plan.profile import ProfileError
 from grainwise.plan.projection import Unreachable
 from grainwise.plan.space import SpaceKind
 from grainwise.realise.norms import reestimate_norms
-from grainwise.session import Session
-from grainwise.store.studies import StoreError
+from grainwise.session import AIM, Session
+from grainwise.store.studies import Store, StoreError
 from grainwise.study.measurement import Failure, Measurement
 from grainwise.study.trial import Trial
 from tests.networks import tiny, tiny_data
@@ -153,7 +156,7 @@ def test_trials_that_are_slower_than_predicted_teach_where_to_look(
 
     monkeypatch.setattr(session.evaluator, "finish", finish)
     monkeypatch.setattr(
-        api, "_measured", lambda _, c: replace(c.measurement, latency_ms=1.1 * c.measurement.latency_ms)
+        leaders, "_measured", lambda _, c: replace(c.measurement, latency_ms=1.1 * c.measurement.latency_ms)
     )
     assert choose(session, trials, {"latency": 0.5}) == profiles[4]
     assert built == [0, 4, 5, 6, 7, 8]  # after one miss only what is predicted below 0.5 / 1.1
@@ -167,8 +170,37 @@ def test_trials_that_are_slower_than_predicted_teach_where_to_look(
         )
 
     del built[:]
-    monkeypatch.setattr(api, "_measured", disturbed)
+    monkeypatch.setattr(leaders, "_measured", disturbed)
     assert choose(session, trials, {"latency": 0.5}) == profiles[1] and built == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_search_aims_where_networks_like_its_solution_hold_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solution takes all that it may by its prediction, and some share of that when it is built and timed."""
+    built: list[float] = []
+
+    def projection(budgets: Mapping[str, float], aim: float) -> float:
+        if aim < 0.5:
+            raise Unreachable("no network is that fast")
+        return aim * budgets["latency"]
+
+    session: Any = SimpleNamespace(
+        projection=projection,
+        cost=SimpleNamespace(total=lambda predicted: np.array([0.0, 0.0, predicted])),
+        evaluator=SimpleNamespace(finish=lambda predicted: built.append(predicted) or predicted),
+    )
+    monkeypatch.setattr(leaders, "Programme", lambda may_take: SimpleNamespace(solve=lambda scores: may_take))
+    monkeypatch.setattr(leaders, "finite_scores", lambda *_: None)
+    some: Any = object()
+    for slower in (1.25, 0.8):
+        monkeypatch.setattr(leaders, "_measured", lambda _, ms, s=slower: Measurement(0.9, 0.1, 1, 1, s * ms))
+        del built[:]
+        assert aimed(session, {"latency": 2.0}, some) == pytest.approx(AIM / slower)
+        assert built == pytest.approx([2 * AIM, 2 * AIM / slower])  # the second holds the budget
+    monkeypatch.setattr(leaders, "_measured", lambda _, ms: Measurement(0.9, 0.1, 1, 1, 3 * ms))
+    assert aimed(session, {"latency": 2.0}, some) == AIM  # a third cannot be reached: other networks may do
+    del built[:]
+    assert aimed(session, {"latency": 2.0}, None) == aimed(session, {"size": 2.0}, some) == AIM
+    assert not built
 
 
 def test_a_latency_budget_is_searched_for_and_met_by_the_file(tmp_path: Path) -> None:
@@ -180,6 +212,14 @@ def test_a_latency_budget_is_searched_for_and_met_by_the_file(tmp_path: Path) ->
     assert 0 < result.measurement.latency_ms <= result.reference.latency_ms
     with pytest.raises(ValueError, match="packed has no runtime to time"):
         _compress(tmp_path, study="packed", constraints={"latency": 0.9})
+
+
+def test_a_study_goes_on_with_what_it_aimed_at(tmp_path: Path) -> None:
+    store, options = Store(f"sqlite:///{tmp_path / 's.db'}"), SearchOptions(prior=False)
+    for resume, measured in ((False, 0.9), (True, 0.8)):
+        found = open_study(store, "s", {}, options, pytest.fail, lambda _, m=measured: m, resume=resume)  # type: ignore[misc]
+        assert found == (None, 0.9)
+    store.close()
 
 
 def test_a_latency_search_goes_on_with_the_milliseconds_that_it_began_with(

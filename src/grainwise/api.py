@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from grainwise.evaluate.deployed import (
     race,
     race_figures,
 )
-from grainwise.evaluate.evaluator import Candidate, outputs_of, targets_of
+from grainwise.evaluate.evaluator import outputs_of, targets_of
 from grainwise.evaluate.measures import Metric, checked, resolve_metric
 from grainwise.evaluate.sharing import EVERYTHING, Sharing
 from grainwise.export.artefact import Artefact, check_runtime, load
@@ -31,7 +31,8 @@ from grainwise.export.runtime import kernels, open_session
 from grainwise.export.weights import weights_bytes
 from grainwise.graph.forward import Forward, default_forward
 from grainwise.graph.recording import record
-from grainwise.plan.choices import Entry, Method
+from grainwise.leaders import aimed, choose
+from grainwise.plan.choices import Method
 from grainwise.plan.profile import CompressionProfile, ProfileError
 from grainwise.plan.projection import Projection
 from grainwise.plan.space import SpaceKind
@@ -42,14 +43,11 @@ from grainwise.search.rl import ControllerConfig
 from grainwise.search.searcher import Searcher
 from grainwise.session import EXAMPLE_SAMPLES, Result, Session, reference_file
 from grainwise.store.studies import Store, StoreError
-from grainwise.study.measurement import Failure, Measurement
 from grainwise.study.reward import REWARDS, Reward, WithComplexity
 from grainwise.study.sensitivity import Sensitivity
 from grainwise.study.trial import Trial, best, meets
 
 PARITY_SAMPLES = 512  # of the test split, on which file and module are compared
-LEADERS = 5  # candidates that are built for deployment, and meet the budgets then too, before one is chosen
-MOST_BUILT = 15  # candidates that are built at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +95,6 @@ class Observer:
     stage: Callable[[str], None] = field(default=lambda name: None)
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
     trial: Callable[[Trial, Trial | None], None] = field(default=lambda trial, leader: None)
-
-
-class Infeasible(RuntimeError):
-    """The search ended without a profile that meets the budgets."""
 
 
 def compress(
@@ -151,14 +145,17 @@ def compress(
             line = Calibration(**kept["line"]) if kept.get("line") else None
             session = with_latency(session, observer.progress, line)
         budgets = kept["budgets"] if resume else session.budgets(constraints)
-        projection = session.projection(budgets)
+        session.projection(budgets)  # refused at once where nothing can meet them
         settings = study_settings(session, constraints, budgets, options)
 
         def measure(table: Table) -> Sensitivity:
             observer.stage("sensitivity")
             return session.sensitivity(observer.progress, table)
 
-        sensitivity = open_study(database, study, settings, options, measure, resume=resume)
+        sensitivity, aim = open_study(
+            database, study, settings, options, measure, lambda scores: aimed(session, budgets, scores), resume=resume
+        )
+        projection = session.projection(budgets, aim)
         searcher = make_searcher(session, projection, sensitivity, options, limit.evaluations)
         judge = Judge(
             session.evaluator,
@@ -208,44 +205,6 @@ def make_searcher(
     )
     given = Given(projection, session.features, sensitivity, options.seed, config)
     return technique(options.searcher).make(given)
-
-
-def choose(session: Session, trials: Iterable[Trial], budgets: Mapping[str, float]) -> dict[str, Entry]:
-    """The entries to deploy: of the leading trials the one whose deployed form diverges least. Raises Infeasible."""
-    pool, fitting, built = list(trials), list[tuple[float, Trial]](), 0
-    sought = dict(budgets)
-    # One disturbed timing must not rule out all others: where nothing is left below it, the budget itself counts.
-    while len(fitting) < LEADERS and built < MOST_BUILT and (leader := best(pool, sought) or best(pool, budgets)):
-        pool = [trial for trial in pool if trial.entries != leader.entries]
-        found, built = session.evaluator.finish(leader.entries), built + 1
-        measured = _measured(session, found)
-        if meets(measured, budgets):
-            fitting.append((found.measurement.divergence, leader))
-        elif "latency" in budgets and leader.measurement is not None:  # others will be slower than predicted, too
-            slower = measured.latency_ms / leader.measurement.latency_ms
-            sought["latency"] = min(sought["latency"], budgets["latency"] / slower)
-    if fitting:
-        return dict(min(fitting, key=lambda pair: (pair[0], pair[1].number))[1].entries)
-    if built:
-        raise Infeasible(
-            f"{built} trials were predicted to meet the budgets {dict(budgets)}, but none of them does when it is "
-            "built and measured; allow more evaluations or a looser constraint"
-        )
-    raise Infeasible(
-        f"none of {len(pool)} trials met the budgets {dict(budgets)}; allow more evaluations or a looser constraint"
-        + next((f" (first failure, at {f.stage}: {f.reason})" for t in pool if isinstance(f := t.outcome, Failure)), "")
-    )
-
-
-def _measured(session: Session, candidate: Candidate) -> Measurement:
-    """Of the built candidate: bytes of its file and, where latency counts, milliseconds of its runs."""
-    if session.line is None or candidate.file is None:
-        return candidate.measurement
-    reference, marked = session.evaluator.reference_file, session.evaluator.marked
-    assert reference is not None and marked is not None
-    files = {"reference": reference.SerializeToString(), "candidate": candidate.file.SerializeToString()}
-    ratio = race(files, first_sample(session.example, marked.skeleton.inputs)).ratios["candidate"]
-    return replace(candidate.measurement, latency_ms=ratio * session.evaluator.reference.latency_ms)
 
 
 def apply_profile(profile: CompressionProfile, session: Session) -> Result:
@@ -344,11 +303,12 @@ def open_study(
     settings: Mapping[str, Any],
     options: SearchOptions,
     measure: Callable[[Table], Sensitivity],
+    aim: Callable[[Sensitivity | None], float],
     *,
     resume: bool,
-) -> Sensitivity | None:
-    """Create the study, or check that the one to go on with is the same search; returns the scores it starts from,
-    kept with it or measured now.
+) -> tuple[Sensitivity | None, float]:
+    """Create the study, or check that the one to go on with is the same search; returns the scores it starts from and
+    what share of a latency budget it aims at (`aimed`), both kept with it or measured now.
     """
     if resume:
         kept = database.settings(study)
@@ -356,13 +316,14 @@ def open_study(
         for name, value in settings.items():
             if kept[name] != value:
                 raise StoreError(f"study {study!r} was begun with another {name}: {kept[name]}, not {value}")
-        return None if scores is None else Sensitivity.from_json(scores)
+        return None if scores is None else Sensitivity.from_json(scores), kept["aim"]
     if study in database.studies():
         raise StoreError(f"the store {database.url} has a study {study!r} already; resume it or give another name")
     table = technique(options.searcher).table if options.prior else None
     sensitivity = None if table is None else measure(table)
-    database.create(study, {**settings, "sensitivity": None if sensitivity is None else sensitivity.to_json()})
-    return sensitivity
+    share, scores = aim(sensitivity), None if sensitivity is None else sensitivity.to_json()
+    database.create(study, {**settings, "aim": share, "sensitivity": scores})
+    return sensitivity, share
 
 
 def study_settings(

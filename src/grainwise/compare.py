@@ -15,10 +15,11 @@ from grainwise.api import Observer, SearchOptions, make_reward, make_searcher, o
 from grainwise.calibrate import with_latency
 from grainwise.evaluate.calibration import Calibration
 from grainwise.evaluate.fisher import DRAWS
+from grainwise.leaders import aimed
 from grainwise.search.driver import Budget, Judge, search
 from grainwise.search.registry import Table, technique
 from grainwise.search.searcher import Proposal, Searcher, State
-from grainwise.session import Session
+from grainwise.session import AIM, Session
 from grainwise.store.studies import Store, StoreError
 from grainwise.study.sensitivity import Sensitivity
 from grainwise.study.trial import Trial, best, meets
@@ -121,6 +122,17 @@ class _Bench:
         settings = {**self._place(), "space": chosen["space"], "methods": chosen["methods"]}
         return self._kept(f"scores {table}", settings, make)
 
+    def aim(self, options: SearchOptions) -> float:
+        """What share of a latency budget all techniques aim at, found once for a comparison."""
+        if "latency" not in self.constraints:
+            return AIM
+        scores = self.scores("kl", options)["sensitivity"]
+
+        def make() -> dict[str, float]:
+            return {"aim": aimed(self.session, self.budgets(), Sensitivity.from_json(scores))}
+
+        return float(self._kept("aim", {**self._place(), "constraints": dict(self.constraints)}, make)["aim"])
+
     def run(self, options: SearchOptions) -> dict[str, Any]:
         """One search, or what is in the store of it, and its figures."""
         name = f"{options.searcher}/{self.evaluations} evaluations/seed {options.seed}"
@@ -128,19 +140,20 @@ class _Bench:
         table = technique(options.searcher).table
         scores = self.scores(table, options) if table else {}
         settings = study_settings(self.session, self.constraints, budgets, options)
-        sensitivity = open_study(
+        sensitivity, aim = open_study(
             self.store,
             study,
             settings,
             options,
             lambda _: Sensitivity.from_json(scores["sensitivity"]),
+            lambda _: self.aim(options),
             resume=study in self.store.studies(),
         )
         trials, kept = self.store.trials(study), self.store.checkpoint(study)
         if kept is not None and kept.trials >= self.evaluations:
             clock = kept.body["clock"]
         else:
-            trials, clock = self._search(study, options, budgets, sensitivity)
+            trials, clock = self._search(study, options, budgets, sensitivity, aim)
         found = _figures(options, trials, clock, budgets, scores)
         if (leader := best(trials, budgets)) is not None:
             final = self._kept(f"{name}/result", {}, lambda: _final(self.session, leader, budgets))
@@ -148,11 +161,16 @@ class _Bench:
         return found
 
     def _search(
-        self, study: str, options: SearchOptions, budgets: Mapping[str, float], sensitivity: Sensitivity | None
+        self,
+        study: str,
+        options: SearchOptions,
+        budgets: Mapping[str, float],
+        sensitivity: Sensitivity | None,
+        aim: float,
     ) -> tuple[tuple[Trial, ...], Clock]:
         session, limit = self.session, Budget(evaluations=self.evaluations)
         self.observer.stage("search")
-        projection = session.projection(budgets)
+        projection = session.projection(budgets, aim)
         searcher = _Timed(lambda: make_searcher(session, projection, sensitivity, options, self.evaluations))
         reward = make_reward(session, budgets, options)
         judge = Judge(session.evaluator, reward, session.evaluator.reference, session.space.graph)

@@ -137,11 +137,11 @@ class Session:
             raise ValueError(f"give a constraint for at least one of {', '.join(COSTS)}, for instance size=0.125")
         return budgets
 
-    def projection(self, budgets: Mapping[str, float]) -> Projection:
-        """What a search may propose within absolute budgets. Milliseconds are predicted, so it aims a little lower;
-        whether a candidate holds its budget is measured when it is built.
+    def projection(self, budgets: Mapping[str, float], aim: float = AIM) -> Projection:
+        """What a search may propose within absolute budgets. Milliseconds are predicted, so it keeps to the share `aim`
+        of them; whether a candidate holds its budget is measured when it is built.
         """
-        return Projection(self.cost, {n: b * (AIM if n == "latency" else 1.0) for n, b in budgets.items()})
+        return Projection(self.cost, {n: b * (aim if n == "latency" else 1.0) for n, b in budgets.items()})
 
     def profile(self, entries: Mapping[str, Entry]) -> CompressionProfile:
         return CompressionProfile(

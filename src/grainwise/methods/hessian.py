@@ -11,7 +11,7 @@ from torch import Tensor
 from grainwise.plan.layers import Geometry, Kind
 
 POSITIONS = 4096  # per update: 8 batches give 32 thousand rows, enough for K = 4608
-ROWS = 5  # that an independent row counts as, against each input (measured: docs/methods.md)
+ROWS = 3  # that each row of inputs counts as when H is shrunk
 
 
 def sampling_stride(total: int, period: int, limit: int) -> int:
@@ -37,11 +37,11 @@ class HessianAccumulator:
         self.geometry = geometry
         self.positions = positions
         self.updates = 0
-        self.samples = 0
         self.count = 0
         g = geometry
         shape = (g.inputs,) if g.kind is Kind.EMBEDDING else (g.groups, g.fan_in, g.fan_in)
         self.total = torch.zeros(shape)
+        self.sums = torch.zeros(shape[:-1])  # of the inputs
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -56,8 +56,8 @@ class HessianAccumulator:
         patches = self._sample(self._windows(x.float()))
         by_group = patches.transpose(0, 1)  # [G, N, K]
         self.total += torch.bmm(by_group.transpose(1, 2), by_group)
+        self.sums += by_group.sum(1)
         self.count += patches.shape[0]
-        self.samples += x.shape[0]
         self.updates += 1
 
     def hessian(self) -> Tensor:
@@ -67,20 +67,20 @@ class HessianAccumulator:
         return self.total / self.count
 
     def shrunk(self) -> Tensor:
-        """`hessian()` as it is to be expected on other samples: its elements off the diagonal times N / (N + K),
-        N = `ROWS` * independent rows.
+        """`hessian()` as it is to be expected on other samples: covariances of the inputs times N / (N + K), N = rows *
+        `ROWS`; their means and variances stay.
 
         Between few rows there are correlations by chance, and a method that compensates one weight's error in others
         relies on them: a layer of more inputs than rows is then perfect on these rows and poor on others. Shrinkage
-        towards the diagonal as in Ledoit & Wolf (2004), its intensity by measurement. Rows of one sample are much
-        alike: independent ones count as the geometric mean of samples and rows.
+        towards the diagonal as in Ledoit & Wolf (2004), its intensity by measurement (docs/methods.md).
         """
         h = self.hessian()
         if h.dim() == 1:
             return h
-        independent = ROWS * math.sqrt(self.samples * self.count)
-        diagonal = torch.diag_embed(h.diagonal(dim1=1, dim2=2))
-        return diagonal + (h - diagonal) * (independent / (independent + self.geometry.fan_in))
+        mean = self.sums / self.count
+        covariance = torch.baddbmm(h, mean[:, :, None], mean[:, None], alpha=-1)
+        covariance.diagonal(dim1=1, dim2=2).zero_()
+        return h - covariance * (self.geometry.fan_in / (ROWS * self.count + self.geometry.fan_in))
 
     def _windows(self, x: Tensor) -> Tensor:
         """A view `[B, *positions, I, *kernel]` (Linear: `[B, T, I]`) of the padded inputs; nothing is copied yet."""
