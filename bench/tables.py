@@ -197,6 +197,46 @@ def shrinkage() -> str:
     return f"{table}\n\nErrors in percent. `{body['command']}` on {body['machine']}."
 
 
+def search() -> str:
+    """One table a task: techniques by mean divergence, what it was after fewer evaluations, and the test metric."""
+    if not (RESULTS / "search.json").exists():
+        return "No results yet: `python -m bench.search`."
+    return "\n\n".join(map(_searched, _read("search").values()))
+
+
+def _searched(task: dict[str, Any]) -> str:
+    marks = list(next(iter(task["marks"].values())))
+
+    def after(name: str, mark: str) -> str:
+        found = [task["marks"][f"{name}/{seed}"][mark] for seed in task["seeds"]]
+        return "—" if None in found else f"{statistics.mean(found):.4f}"
+
+    def spread(pair: list[float] | None, scale: float, digits: int) -> str:
+        return "none within" if pair is None else f"{scale * pair[0]:.{digits}f} ± {scale * pair[1]:.{digits}f}"
+
+    rows = [
+        [
+            f"`{row['searcher']}`",
+            *(after(row["searcher"], mark) for mark in marks[:-1]),
+            spread(row["divergence"], 1, 5),
+            spread(row["test_metric"], 100, 2),
+            spread(row["seconds"], 1, 0),
+            f"{100 * row['within_budgets']:.0f} %",
+        ]
+        for row in task["rows"]
+    ]
+    head = ["technique", *(f"after {mark}" for mark in marks[:-1]), f"after {marks[-1]}", "test metric, %"]
+    asked = ", ".join(f"{name} ≤ {share:g}" for name, share in task["constraints"].items())
+    note = (
+        f"Divergence in nats of the best profile within {asked}, mean ± deviation over {len(task['seeds'])} seeds; "
+        f"{task['pictures']} search pictures, target {task['target']}. Uncompressed: "
+        f"{100 * task['reference_test_metric']:.2f} % on the test split. Seconds to the best profile count the scores "
+        f"in full. `{task['command']}` on {task['machine']}."
+    )
+    table = _table([*head, "seconds to best", "within budgets"], rows)
+    return f"### {task['title']}\n\n{table}\n\n{note}"
+
+
 def deploy() -> str:
     """One table a network: every file of its race, then what the search has against each uniform one."""
     if not (RESULTS / "deploy.json").exists():
@@ -274,6 +314,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "controller": ("docs/controller.md", controller),
     "methods": ("docs/methods.md", methods),
     "shrinkage": ("docs/methods.md", shrinkage),
+    "search": ("docs/search.md", search),
     "latency": ("docs/latency.md", latency),
     "deploy": ("docs/deploy.md", deploy),
 }

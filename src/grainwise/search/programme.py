@@ -18,9 +18,16 @@ from grainwise.search.draft import Draft
 from grainwise.search.local import reduced, score_of
 from grainwise.search.milp import Rows, minimise
 from grainwise.search.options import Options, OptionTables
-from grainwise.search.prior import Table, fill
+from grainwise.search.prior import Prior, Table, fill, finite_scores
+from grainwise.study.sensitivity import Sensitivity
 
 _ROUNDS = 6
+
+
+def solved_prior(projection: Projection, sensitivity: Sensitivity | None, temperature: float = 0.5) -> Prior:
+    """The prior of measured scores, around the programme's solution where that is the better one."""
+    known = None if sensitivity is None else Programme(projection).solve(finite_scores(projection, sensitivity))
+    return Prior(projection, sensitivity, temperature, known=known)
 
 
 class Programme:

@@ -13,8 +13,8 @@ from grainwise.plan.projection import Projection
 from grainwise.search.additive import ThompsonSearcher, additive, greedy
 from grainwise.search.baselines import EvolutionSearcher, RandomSearcher
 from grainwise.search.optuna import OptunaSearcher
-from grainwise.search.prior import Prior, finite_scores
-from grainwise.search.programme import Programme
+from grainwise.search.prior import finite_scores
+from grainwise.search.programme import Programme, solved_prior
 from grainwise.search.rl import ControllerConfig, ControllerSearcher
 from grainwise.search.searcher import Searcher
 from grainwise.study.sensitivity import Sensitivity
@@ -63,7 +63,7 @@ def _controller(given: Given) -> Searcher:
 
 
 def _evolution(given: Given) -> Searcher:
-    prior = None if given.sensitivity is None else Prior(given.projection, given.sensitivity)
+    prior = None if given.sensitivity is None else solved_prior(given.projection, given.sensitivity)
     return EvolutionSearcher(given.projection, projected=given.config.projected, prior=prior, seed=given.seed)
 
 

@@ -22,8 +22,7 @@ from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry, numbers_of
 from grainwise.plan.prices import COSTS
 from grainwise.plan.projection import Projection, Walk
 from grainwise.search.beliefs import posterior
-from grainwise.search.prior import Prior, finite_scores
-from grainwise.search.programme import Programme
+from grainwise.search.programme import solved_prior
 from grainwise.search.searcher import Proposal, State
 from grainwise.search.walks import Guide, Key, distinct, entries_of, filled, key_of, sample
 from grainwise.study.sensitivity import Sensitivity
@@ -91,12 +90,8 @@ class ControllerSearcher:
     ) -> None:
         self.config = config or ControllerConfig()
         self._projection = projection
-        known = None
-        if sensitivity is not None and self.config.use_prior:
-            known = Programme(projection).solve(finite_scores(projection, sensitivity))
-        self._prior = Prior(
-            projection, sensitivity if self.config.use_prior else None, self.config.temperature, known=known
-        )
+        scores = sensitivity if self.config.use_prior else None
+        self._prior = solved_prior(projection, scores, self.config.temperature)
         self._sensitivity = self._prior.sensitivity
         self._static = _standardised(features)
         self._summary = _summary(projection, self._prior.sensitivity)
