@@ -97,6 +97,7 @@ class ThompsonSearcher:
         self._projection = projection
         self._sensitivity = sensitivity
         self._programme = Programme(projection)
+        self._first = self._programme.solve(finite_scores(projection, sensitivity))
         self._rng = np.random.default_rng(seed)
         self._seen: set[Key] = set()
         self._measured: list[tuple[float, Key]] = []
@@ -104,9 +105,8 @@ class ThompsonSearcher:
     def ask(self, count: int) -> list[Proposal]:
         proposals = []
         if count and not self._seen:
-            first = self._programme.solve(finite_scores(self._projection, self._sensitivity))
-            self._seen.add(key_of(self._projection, first))
-            proposals.append(Proposal(first, "additive"))
+            self._seen.add(key_of(self._projection, self._first))
+            proposals.append(Proposal(self._first, "additive"))
         new = distinct(self._projection, count - len(proposals), self._draw, self._seen, self._rng)
         return proposals + [Proposal(entries, "thompson") for entries in new]
 

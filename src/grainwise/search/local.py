@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from grainwise.plan.projection import BLOCK_STUDENTS, Projection
 from grainwise.search.draft import Draft
 from grainwise.search.prior import Table, cheapest, fill, stripped_score
 
+Profile = dict[str, Entry]
 _FREE = 1e-9  # nats: changes that cost less than this are as good as free
 
 
@@ -58,28 +59,42 @@ def rises(draft: Draft, scores: Table, index: int) -> NDArray[np.float64]:
 
 
 def reduced(projection: Projection, scores: Table) -> dict[str, Entry]:
-    """The greedy solution: a network reduced to the budgets, then its slack filled; the best from several starts.
-
-    They are the uncompressed network and every uniform precision: what a conversion between kernels costs is only saved
-    once both of its neighbours have changed, so that single changes from one end alone never find the other.
-    Where they all end in corners above a budget, the cheapest profile is taken instead.
+    """The greedy solution: the best of `reductions` of all `uniform` profiles, or the cheapest profile where they all
+    end in corners above a budget.
     """
-    found = (Draft(projection.cost, start) for start in _uniform(projection))
-    drafts = [draft for draft in found if reduce(draft, scores, projection)]
-    for draft in drafts or (drafts := [Draft(projection.cost, cheapest(projection))]):
-        fill(draft, scores, projection.budget)
-    return min(drafts, key=lambda draft: score_of(draft, scores)).entries()
+    if found := reductions(projection, scores, uniform(projection)):
+        return found[0][1]
+    draft = Draft(projection.cost, cheapest(projection))
+    fill(draft, scores, projection.budget)
+    return draft.entries()
 
 
-def _uniform(projection: Projection) -> Iterator[dict[str, Entry]]:
-    """No compression, then each precision in all layers that may take it."""
+def reductions(projection: Projection, scores: Table, starts: Sequence[Profile]) -> list[tuple[Profile, Profile]]:
+    """(start, what it gives): starts that can be reduced to the budgets, slack then filled, best score first."""
+    found = []
+    for start in starts:
+        draft = Draft(projection.cost, start)
+        if reduce(draft, scores, projection):
+            fill(draft, scores, projection.budget)
+            found.append((score_of(draft, scores), start, draft.entries()))
+    return [(start, entries) for _, start, entries in sorted(found, key=lambda one: one[0])]
+
+
+def uniform(projection: Projection) -> list[Profile]:
+    """No compression, then each precision in all layers that may take it.
+
+    What a conversion between kernels costs is only saved once both of its neighbours have changed: single changes from
+    one end alone never find the other.
+    """
     space = projection.space
-    for number, precision in enumerate(PRECISIONS):
-        yield {
+    return [
+        {
             layer.name: Entry(precision=precision)
             for index, layer in enumerate(space.layers)
             if space.precisions[index, number]
         }
+        for number, precision in enumerate(PRECISIONS)
+    ]
 
 
 def exchange(

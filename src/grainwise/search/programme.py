@@ -15,13 +15,14 @@ from grainwise.plan.choices import Entry, entry_of
 from grainwise.plan.prices import COSTS, SIZE, Cost
 from grainwise.plan.projection import BLOCK_STUDENTS, Projection
 from grainwise.search.draft import Draft
-from grainwise.search.local import reduced, score_of
+from grainwise.search.local import reduced, reductions, score_of, uniform
 from grainwise.search.milp import Rows, minimise
 from grainwise.search.options import Options, OptionTables
 from grainwise.search.prior import Prior, Table, fill, finite_scores
 from grainwise.study.sensitivity import Sensitivity
 
 _ROUNDS = 6
+_STARTS = 2  # of the greedy solution, once it is known which are good
 
 
 def solved_prior(projection: Projection, sensitivity: Sensitivity | None, temperature: float = 0.5) -> Prior:
@@ -46,12 +47,16 @@ class Programme:
         self._cost = projection.cost
         self._finite = np.flatnonzero(np.isfinite(projection.budget))
         self._tables = OptionTables(projection)
+        self._starts = uniform(projection)
 
     def solve(self, scores: Table) -> dict[str, Entry]:
         """The profile of least summed scores (`[L, S, P]`, >= 0) that is found within the budgets, slack filled; never
-        worse than the greedy one.
+        worse than the greedy one. Scores that follow the first ones are thought to be like them: what was not among the
+        best `_STARTS` starts then is not tried again.
         """
-        start = reduced(self._projection, scores)
+        greedy = reductions(self._projection, scores, self._starts)
+        self._starts = [start for start, _ in greedy[:_STARTS]]
+        start = greedy[0][1] if greedy else reduced(self._projection, scores)
         limit = score_of(Draft(self._cost, start), scores)
         around, offset = self._cost.widths(start), np.zeros(len(COSTS))
         for _ in range(_ROUNDS):
