@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from grainwise.plan.choices import LEVELS, NONE, PRECISIONS, STRUCTURES, Choice, Entry, Granularity, Method
 from grainwise.plan.layers import Block, Coupling, Geometry, Kind, Layer, LayerGraph
 from grainwise.plan.shapes import (
-    group_size,
     kept_width,
     routing_tensors,
     row_blocks,
@@ -88,8 +87,6 @@ def _prune_refusal(g: Geometry, choice: Choice) -> str | None:
 
 
 def _quantize_refusal(g: Geometry, choice: Choice) -> str | None:
-    if choice.granularity is Granularity.BLOCK and group_size(g.columns) >= g.columns:
-        return f"a row of {g.columns} weights is one group: the same as quantize/channel"
     if choice.granularity is Granularity.CHANNEL and g.rows == 1:
         return "one row: the same as quantize/layer"
     return None
