@@ -10,7 +10,8 @@ from torch import Tensor
 
 from grainwise.plan.layers import Geometry, Kind
 
-POSITIONS = 4096  # per update: 8 batches give 32 thousand rows, enough for K = 4608
+POSITIONS = 4096  # per update, at most: 8 batches give 32 thousand rows, enough for K = 4608
+FEWEST, A_COLUMN = 256, 16  # of them at least, and for each input: a depthwise layer has few inputs and many groups
 ROWS = 3  # that each row of inputs counts as when H is shrunk
 
 
@@ -33,9 +34,9 @@ class HessianAccumulator:
     `sampling_stride`, starting one later with each batch; so the result depends on the batches alone.
     """
 
-    def __init__(self, geometry: Geometry, *, positions: int = POSITIONS) -> None:
+    def __init__(self, geometry: Geometry, *, positions: int | None = None) -> None:
         self.geometry = geometry
-        self.positions = positions
+        self.positions = positions or min(POSITIONS, max(FEWEST, A_COLUMN * geometry.fan_in))
         self.updates = 0
         self.count = 0
         g = geometry
