@@ -60,7 +60,7 @@ class Task:
     target: str = "ort-cpu-vnni"
 
 
-_CIFAR = _pictures(cifar10.splits, 2)
+_CIFAR = _pictures(cifar10.splits, 1)
 TASKS = {
     "resnet20-size": Task("ResNet-20, size", resnet20.pretrained, _CIFAR, {"size": 0.1}),
     "resnet20-macs": Task("ResNet-20, MACs", resnet20.pretrained, _CIFAR, {"macs": 0.6}),

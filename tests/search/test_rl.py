@@ -58,6 +58,20 @@ def test_the_additive_solution_comes_first(problem: Bed) -> None:
     assert {p.source for p in proposals[1:]} == {"controller"}
 
 
+@pytest.mark.parametrize(("share", "most"), [(0.0, 0), (0.5, 8)])
+def test_a_share_of_each_batch_solves_sampled_scores(problem: Bed, share: float, most: int) -> None:
+    made = searcher(problem, sampled=share)
+    run(problem, made, 16)
+    proposals = made.ask(16)
+    solved = [proposal for proposal in proposals if proposal.source in ("prior", "thompson")]
+    assert len(proposals) == 16
+    assert most // 2 <= len(solved) <= most
+    assert len({tuple(p.entries.items()) for p in proposals}) == 16
+    for proposal in solved:
+        problem.projection.space.check(proposal.entries)
+        assert (problem.projection.cost.total(proposal.entries) <= problem.projection.budget).all()
+
+
 def test_an_untrained_policy_is_the_prior(problem: Bed) -> None:
     made = searcher(problem)
     rollout = made._retrace(made._prior.solution())

@@ -61,18 +61,19 @@ class Prior:
         self.scores = finite_scores(self.projection, sensitivity)
         self._expect()
 
-    def improved(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        """The Lagrangian solution of the current scores that coordinate descent reaches from a profile, with its slack
-        filled; when it exceeds a budget, the given profile with its slack filled.
+    def improved(self, entries: Mapping[str, Entry], scores: Table | None = None) -> dict[str, Entry]:
+        """The Lagrangian solution of some scores (the current ones) that coordinate descent reaches from a profile, its
+        slack filled; when that exceeds a budget, the given profile with its slack filled.
         """
+        scores = self.scores if scores is None else scores
         draft = Draft(self.projection.cost, entries)
         for factor in _FACTORS[len(_FACTORS) // 2 :: 4]:
-            self._descend(draft, self.multipliers * self._unit * factor)
+            self._descend(draft, self.multipliers * self._unit * factor, scores)
             if (draft.total <= self.projection.budget).all():
                 break
         else:
             draft = Draft(self.projection.cost, entries)
-        fill(draft, self.scores, self.projection.budget)
+        fill(draft, scores, self.projection.budget)
         return draft.entries()
 
     def batch_log_weights(self, factors: Table) -> Table:
@@ -98,12 +99,12 @@ class Prior:
                 low, high = 1e-9, 1e3
                 for _ in range(_HALVINGS):
                     multipliers[k] = unit * np.sqrt(low * high) / shared.budget[k]
-                    self._descend(draft, multipliers)
+                    self._descend(draft, multipliers, self.scores)
                     low, high = (
                         (low, np.sqrt(low * high)) if self._fits(draft, k, tried) else (np.sqrt(low * high), high)
                     )
                 multipliers[k] = unit * high / shared.budget[k]
-        self._descend(draft, multipliers)
+        self._descend(draft, multipliers, self.scores)
         assert self._best is not None
         self.multipliers: Cost = np.maximum(multipliers, 0.0)
         solved = Draft(shared.cost, self._best[1])
@@ -131,16 +132,16 @@ class Prior:
         """Sum of the scores of a profile's entries."""
         return float(sum(self.scores[index, s, p] for index, (s, p) in enumerate(draft.numbers)))
 
-    def _descend(self, draft: Draft, multipliers: Cost, sweeps: int = 4) -> None:
+    def _descend(self, draft: Draft, multipliers: Cost, scores: Table, sweeps: int = 4) -> None:
         for _ in range(sweeps):
             moved = False
             for index in range(self._layers):
                 changes = draft.changes(index)
                 legal = np.isfinite(changes[..., 0])
-                value = self.scores[index] + np.where(legal[..., None], changes, 0.0) @ multipliers
+                value = scores[index] + np.where(legal[..., None], changes, 0.0) @ multipliers
                 value = np.where(legal, value, np.inf)
                 for s in BLOCK_STUDENTS:
-                    value[s] -= stripped_score(draft, self.scores, index, s)
+                    value[s] -= stripped_score(draft, scores, index, s)
                 s, p = (int(i) for i in np.unravel_index(np.argmin(value), value.shape))
                 if value[s, p] < value[draft.numbers[index]] - 1e-12:
                     draft.replace(index, s, p)

@@ -22,6 +22,7 @@ from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry, numbers_of
 from grainwise.plan.prices import COSTS
 from grainwise.plan.projection import Projection, Walk
 from grainwise.search.beliefs import posterior
+from grainwise.search.prior import finite_scores
 from grainwise.search.programme import solved_prior
 from grainwise.search.searcher import Proposal, State
 from grainwise.search.walks import Guide, Key, distinct, entries_of, filled, key_of, sample
@@ -30,6 +31,7 @@ from grainwise.study.trial import Trial
 
 _S, _P = len(STRUCTURES), len(PRECISIONS)
 DYNAMICS = len(COSTS) + 1  # what is left of each budget, log of the multiplier's factor
+_PARENTS = 1.5  # mean rank of the elite profiles that sampled scores are solved around
 _ILLEGAL = 2.0  # summary of a choice that the layer cannot take
 
 
@@ -53,6 +55,9 @@ class ControllerConfig:
     """Of the prior, see `Prior`."""
     learn_scores: bool = True
     """Correct the scores of the prior by the measurements, see `beliefs`."""
+    sampled: float = 0.5
+    """Share of the proposals that solve sampled scores around elite profiles, once there are any; the controller makes
+    the others."""
     elite: int = 16
     """Best trials that the policy imitates and, later, samples around."""
     replay: int = 16
@@ -112,16 +117,33 @@ class ControllerSearcher:
             if key_of(self._projection, first) not in self._seen:
                 self._seen.add(key_of(self._projection, first))
                 proposals.append(Proposal(first, "prior"))
-        elite = self._elite()
-        if elite and self._sensitivity is not None and self.config.learn_scores and count > 1 + len(proposals):
-            solved = self._prior.improved(entries_of(self._projection, elite[0].key))
-            key = key_of(self._projection, solved)
-            if key not in self._seen:
-                self._seen.add(key)
-                proposals.append(Proposal(solved, "prior"))
+        proposals += self._sampled(round(self.config.sampled * (count - len(proposals))))
         missing, projected = count - len(proposals), self.config.projected
         new = distinct(self._projection, missing, self._draw, self._seen, self._rng, projected=projected)
         return proposals + [Proposal(entries, "controller") for entries in new]
+
+    def _sampled(self, count: int) -> list[Proposal]:
+        """Up to `count` new profiles that solve scores drawn from what the measurements leave possible, each around an
+        elite profile (the first: their mean, around the best): Thompson sampling.
+        """
+        elite = self._elite()
+        if not elite or self._sensitivity is None or not self.config.learn_scores:
+            return []
+        measured = [m for m in self._memory if math.isfinite(m.divergence)]
+        keys, divergences = [m.key for m in measured], [m.divergence for m in measured]
+        proposals = []
+        for number in range(count):
+            scores, parent = None, elite[0]
+            if number:
+                drawn = posterior(self._sensitivity, keys, divergences, self._rng)
+                scores = finite_scores(self._projection, drawn)
+                parent = elite[min(len(elite) - 1, int(self._rng.exponential(_PARENTS)))]
+            solved = self._prior.improved(entries_of(self._projection, parent.key), scores)
+            key = key_of(self._projection, solved)
+            if key not in self._seen:
+                self._seen.add(key)
+                proposals.append(Proposal(solved, "thompson" if number else "prior"))
+        return proposals
 
     def propose(self, count: int) -> list[Proposal]:
         """Profiles of the policy as it is, without regard to what was tried; the search is not moved on."""
