@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from examples import cifar10, resnet20
-from grainwise.methods.hessian import HessianAccumulator
+from grainwise.methods.hessian import POSITIONS, HessianAccumulator
 from grainwise.methods.layers import geometry_of
 from grainwise.methods.problem import LayerProblem
 from grainwise.plan.choices import STRUCTURES, Choice, Granularity, Method
@@ -62,7 +62,7 @@ def sample_inputs(geometry: Geometry) -> Tensor:
 
 
 def problem_of(geometry: Geometry, weight: Tensor, bias: Tensor | None, inputs: Tensor) -> LayerProblem:
-    accumulator = HessianAccumulator(geometry)
+    accumulator = HessianAccumulator(geometry, positions=POSITIONS)
     accumulator.update(inputs)
     return LayerProblem(geometry, weight, bias, accumulator.hessian())
 
