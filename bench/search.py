@@ -3,7 +3,7 @@
     python -m bench.search [TASK ...] [--seeds 5] [--techniques NAME ...] [--worker]
 
 Runs in pieces: each search is a study in out/bench-search/TASK.db and is skipped when it is complete; several processes
-with --worker share them, started with other orders of seeds. A run without it writes bench/results/search.json;
+with --worker share the work, each with seeds of its own. A run without it writes bench/results/search.json;
 `python -m bench.tables` makes the tables in docs/search.md, where the plan stands that was written before test data
 were read.
 """

@@ -13,7 +13,7 @@ from torch import nn
 
 import grainwise as gw
 from examples import zoo
-from grainwise import calibrate, leaders
+from grainwise import api, calibrate, leaders
 from grainwise.api import SearchOptions, apply_profile, missed, open_study, verify_artefact
 from grainwise.evaluate.data import Data, Splits
 from grainwise.evaluate.evaluator import Candidate
@@ -212,6 +212,17 @@ def test_a_latency_budget_is_searched_for_and_met_by_the_file(tmp_path: Path) ->
     assert 0 < result.measurement.latency_ms <= result.reference.latency_ms
     with pytest.raises(ValueError, match="packed has no runtime to time"):
         _compress(tmp_path, study="packed", constraints={"latency": 0.9})
+
+
+def test_proposals_keep_to_what_was_aimed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aims: list[float] = []
+    project = Session.projection
+    monkeypatch.setattr(api, "aimed", lambda *_: 0.9)
+    monkeypatch.setattr(
+        Session, "projection", lambda session, budgets, aim=AIM: aims.append(aim) or project(session, budgets, aim)
+    )
+    _compress(tmp_path, budget=8)
+    assert aims[-1] == 0.9
 
 
 def test_a_study_goes_on_with_what_it_aimed_at(tmp_path: Path) -> None:

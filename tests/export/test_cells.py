@@ -439,6 +439,16 @@ def test_the_cells_are_those_of_the_traced_network(name: str) -> None:
     assert not prepared(name).marked.skeleton.missing
 
 
+def test_depthwise_layers_may_keep_float_activations() -> None:
+    found = prepared("separable")
+    layers = [layer for layer in found.graph.layers if layer.geometry.depthwise]
+    eight = Choice(Method.QUANTIZE, Granularity.BLOCK, 8)
+    assert layers
+    for layer in layers:
+        assert (layer.name, eight) not in found.space.reasons
+        assert VNNI.realisations(layer.geometry, NONE, eight) == (Realisation.FOLDED,)
+
+
 def test_every_realisation_and_every_choice_is_among_the_cells() -> None:
     hows = {
         how

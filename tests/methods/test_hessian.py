@@ -64,6 +64,17 @@ def test_sampled_positions_stand_for_all() -> None:
     assert float(difference) < 0.1
 
 
+def test_layers_of_few_inputs_are_gathered_on_fewer_positions() -> None:
+    g = GEOMETRIES["depthwise"]
+    x = torch.cat([sample_inputs(g)] * 4)
+    few, all_positions = HessianAccumulator(g), HessianAccumulator(g, positions=10**9)
+    for batch in x.split(32):
+        few.update(batch)
+        all_positions.update(batch)
+    assert few.count <= 4 * 256 < all_positions.count
+    assert float((few.hessian() - all_positions.hessian()).norm() / all_positions.hessian().norm()) < 0.15
+
+
 @given(st.integers(1, 10**6), st.integers(1, 5000), st.integers(1, 5000))
 def test_stride_is_coprime_and_within_the_limit(total: int, period: int, limit: int) -> None:
     step = sampling_stride(total, period, limit)

@@ -13,6 +13,7 @@ from grainwise.graph.forward import default_forward
 from grainwise.graph.skeleton import Sum, build_skeleton, skeleton_forward
 from grainwise.graph.trace import trace
 from grainwise.methods.activations import EightBit, EightBitSum, StaticConv2d
+from grainwise.methods.hessian import HessianAccumulator
 from grainwise.methods.layers import Ghost, filled_stage, scale_outputs
 from grainwise.methods.storage import CENTRE, PackedWeight, storable
 from grainwise.plan.choices import NONE, Choice, Entry, Granularity, Method
@@ -43,6 +44,14 @@ def library_of(model: TinyResidual) -> VariantLibrary:
     skeleton = build_skeleton(model, X[:2], default_forward, graph)
     target = TARGETS["ort-cpu-vnni"]
     return VariantLibrary(Reference.gather(model, graph, CALIBRATION, default_forward, target, skeleton))
+
+
+def test_methods_are_given_what_is_to_be_expected_on_other_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HessianAccumulator, "shrunk", lambda found: 2 * found.hessian())
+    twice = library_of(tiny()).reference.hessians
+    monkeypatch.setattr(HessianAccumulator, "shrunk", HessianAccumulator.hessian)
+    for name, hessian in library_of(tiny()).reference.hessians.items():
+        assert torch.equal(twice[name], 2 * hessian)
 
 
 @pytest.fixture(scope="module")
