@@ -1,6 +1,6 @@
 """What deployed files are worth: found profiles beside uniform recipes, in one race, on several networks.
 
-    python -m bench.deploy [resnet20 resnet18 efficientnet_lite0 minilm] [--evaluations N] [--seconds 30]
+    python -m bench.deploy [PART ...] [--evaluations N] [--seconds 30]
 
 Each row is a file in out/bench-deploy/ and is kept in bench/results/deploy.json as soon as it is made; a run that was
 cut, or is repeated, skips what is there. Every run ends with a race of all files of a network, in turn, in one process
@@ -96,6 +96,12 @@ def _a_fifth(shop: Workshop) -> Iterator[Order]:
     yield shop.searched("search, size 0.2", {"size": 0.2})
 
 
+def _a_fifth_in_float(shop: Workshop) -> Iterator[Order]:
+    yield shop.uncompressed()
+    yield shop.uniform("8-bit weights", contenders.eight_bit(shop.session.space))
+    yield shop.searched("search, size 0.2", {"size": 0.2})
+
+
 def _first_of_test(contest: Contest, batches: tuple[int, ...] = BATCHES) -> Iterator[Mapping[str, Any]]:
     yield from map(contest.sample, batches)
 
@@ -149,6 +155,18 @@ PARTS = {
             minutes=10,
             methods=(Method.QUANTIZE, Method.FACTORIZE),
             evaluations=150,
+        ),
+        Part(
+            name="efficientnet_lite0_float",
+            title="EfficientNet-Lite0 as above, for the target ort-cpu-float: activations stay float32",
+            model=efficientnet_lite0.model,
+            data=efficientnet_lite0.data,
+            orders=_a_fifth_in_float,
+            samples=partial(_first_of_test, batches=(1,)),
+            minutes=10,
+            methods=(Method.QUANTIZE, Method.FACTORIZE),
+            evaluations=150,
+            target="ort-cpu-float",
         ),
         Part(
             name="minilm",

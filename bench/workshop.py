@@ -86,7 +86,7 @@ class Order:
 class Part:
     """A network, its data, and what of it is made and timed.
 
-    metric: as for `compress`. methods: that its searches may use. evaluations: of each search. minutes: that all takes
+    metric, target: as for `compress`. methods: that its searches may use. evaluations: of each search. minutes: that all takes
     on one thread, about. orders: the rows, one after the other; a later one may look at `Workshop.kept`.
     samples: the batches that are timed.
     """
@@ -101,6 +101,7 @@ class Part:
     metric: str | Metric = "accuracy"
     methods: tuple[Method, ...] = tuple(Method)
     evaluations: int = 200
+    target: str = "ort-cpu"
 
 
 class Workshop:
@@ -114,7 +115,9 @@ class Workshop:
     @cached_property
     def session(self) -> Session:
         network = self.part
-        return Session.prepare(network.model(), network.data(), metric=network.metric, methods=network.methods)
+        return Session.prepare(
+            network.model(), network.data(), metric=network.metric, methods=network.methods, target=network.target
+        )
 
     @cached_property
     def timed(self) -> Session:

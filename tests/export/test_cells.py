@@ -43,7 +43,7 @@ from grainwise.realise.library import VariantLibrary
 from grainwise.realise.reference import Reference
 from grainwise.search.walks import sample, uniform
 
-VNNI, AVX2 = TARGETS["ort-cpu-vnni"], TARGETS["ort-cpu-avx2"]
+VNNI, AVX2, FLOAT = (TARGETS[f"ort-cpu-{name}"] for name in ("vnni", "avx2", "float"))
 CALIBRATION, BATCH = 8, 4
 
 
@@ -221,7 +221,7 @@ def prepared(name: str) -> Prepared:
     skeleton = build_skeleton(model, example, default_forward, graph)
     marked = MarkedGraph.export(skeleton, graph, example)
     first = Reference.gather(model, graph, calibration, default_forward, VNNI, skeleton)
-    libraries = {t.name: VariantLibrary(replace(first, target=t)) for t in (VNNI, AVX2)}
+    libraries = {t.name: VariantLibrary(replace(first, target=t)) for t in (VNNI, AVX2, FLOAT)}
     return Prepared(network, graph, marked, libraries)
 
 
@@ -240,17 +240,24 @@ class Cell:
     @property
     def reaches_further(self) -> bool:
         """8-bit weights in 8-bit kernels, of which a processor without VNNI multiplies only those to 63 exactly."""
+        return self.entry.precision.level == 8 and self.rounds
+
+    @property
+    def rounds(self) -> bool:
+        """Some activations are rounded to 8 bits."""
         geometries = NETWORKS[self.network].geometries
         found = (
             how
             for name, entry in self.entries.items()
             for how in self.target.realisations(geometries[name], entry.structure, entry.precision)
         )
-        return self.entry.precision.level == 8 and any(how in EIGHT_BIT for how in found)
+        return any(how in EIGHT_BIT for how in found)
 
 
 def cells_of(name: str) -> Iterator[Cell]:
-    """Both targets have one table; what sets them apart is the reach of 8-bit weights in 8-bit kernels."""
+    """The first two targets have one table; what sets them apart is the reach of 8-bit weights in 8-bit kernels. The
+    third sets itself apart where they round activations.
+    """
     assert VNNI.quantised == AVX2.quantised
     network, space = NETWORKS[name], NETWORKS[name].space
     pairs = [space.pairs(index) for index in range(len(space.layers))]
@@ -267,6 +274,8 @@ def cells_of(name: str) -> Iterator[Cell]:
                 yield cell
                 if cell.reaches_further:
                     yield replace(cell, target=AVX2)
+                if cell.rounds:
+                    yield replace(cell, target=FLOAT)
 
 
 CELLS = [cell for name in NETWORKS for cell in cells_of(name)]
