@@ -27,7 +27,9 @@ ModelOption = Annotated[str, typer.Option("--model", help="module:function that 
 DataOption = Annotated[str, typer.Option("--data", help="module:function that returns a grainwise.Data")]
 MetricOption = Annotated[str, typer.Option(help="accuracy, or module:function (outputs, targets) -> float")]
 ForwardOption = Annotated[str | None, typer.Option(help="module:function (model, inputs) -> outputs")]
-TargetOption = Annotated[str, typer.Option(help=f"ort-cpu (this processor), or one of {', '.join(TARGETS)}")]
+TargetOption = Annotated[
+    str, typer.Option(help="ort-cpu, ort-cpu-avx2, ort-cpu-vnni, ort-cpu-float (size only), or packed (no file)")
+]
 StudyOption = Annotated[str, typer.Option(help="name of the study")]
 StoreOption = Annotated[str, typer.Option(help="URL of the store")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on standard output")]
