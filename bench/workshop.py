@@ -86,8 +86,8 @@ class Order:
 class Part:
     """A network, its data, and what of it is made and timed.
 
-    metric, target: as for `compress`. methods: that its searches may use. evaluations: of each search. minutes: that all takes
-    on one thread, about. orders: the rows, one after the other; a later one may look at `Workshop.kept`.
+    metric, target: as for `compress`. methods: that its searches may use. evaluations: of each search. minutes: that
+    all takes on one thread, about. orders: the rows, one after the other; a later one may look at `Workshop.kept`.
     samples: the batches that are timed.
     """
 
