@@ -183,8 +183,8 @@ def test_shared_costs_by_hand() -> None:
         assert shared.of(numbers).tolist() == [size, 0.0, 0.5]
         assert shared.table(0, numbers)[:, 0, SIZE].tolist() == [expected[0, b], expected[1, b]]
         assert shared.table(1, numbers)[:, 0, SIZE].tolist() == [expected[a, 0], expected[a, 1]]
-        assert shared.signature(0, numbers) == shared.signature(0, [(1 - a, 0), (b, 0)])
-        assert shared.signature(0, numbers) != shared.signature(0, [(a, 0), (1 - b, 0)])
+        assert shared.signatures(numbers)[0] == shared.signatures([(1 - a, 0), (b, 0)])[0]
+        assert shared.signatures(numbers)[0] != shared.signatures([(a, 0), (1 - b, 0)])[0]
 
 
 class Twins(nn.Module):

@@ -9,7 +9,7 @@ import numpy as np
 
 from grainwise.plan.choices import PRECISIONS, STRUCTURES, UNCOMPRESSED, Entry, numbers_of
 from grainwise.plan.layers import Coupling, Geometry, Layer
-from grainwise.plan.prices import COSTS, Cost, Numbers, PackedPrices, Prices
+from grainwise.plan.prices import COSTS, Cost, Numbers, PackedPrices, Prices, Signature
 from grainwise.plan.shapes import stage_macs, stages
 from grainwise.plan.space import Mask, SearchSpace, narrows, units_left
 
@@ -48,7 +48,7 @@ class CostModel:
         self._other_groups = self._grouped_others()
         self._other_sizes: dict[tuple[int, ...], float] = {}
         self._fixed: dict[frozenset[tuple[str, int]], Cost] = {}
-        self._shared: dict[tuple[int, object], Cost] = {}
+        self._shared: dict[tuple[int, Signature], Cost] = {}
 
     def _layer_cuts(self, layer: Layer) -> tuple[tuple[str, bool, int], ...]:
         """(coupling, cuts outputs, positions per unit) for each coupling that narrows the layer's weight."""
@@ -168,12 +168,15 @@ class CostModel:
         found = self.prices.shared
         return np.zeros(len(COSTS)) if found is None else found.of(numbers)
 
-    def shared_table(self, index: int, numbers: Numbers) -> Cost:
-        """`[S, P, 3]` shared cost of the profile with each entry in the place of layer `index`'s."""
+    def shared_table(self, index: int, numbers: Numbers, signature: Signature | None = None) -> Cost:
+        """`[S, P, 3]` shared cost of the profile with each entry in the place of layer `index`'s.
+
+        signature: of the layer in this profile, when it is known already.
+        """
         found = self.prices.shared
         if found is None:
             return _NOTHING
-        key: tuple[int, object] = index, found.signature(index, numbers)
+        key = index, found.signatures(numbers)[index] if signature is None else signature
         if key not in self._shared:
             if len(self._shared) > _REMEMBERED:
                 self._shared.clear()

@@ -26,6 +26,9 @@ SIZE, MACS, LATENCY = range(3)
 Numbers = Sequence[tuple[int, int]]
 """Structure and precision number of each layer."""
 
+Signature = tuple[bytes, frozenset[int]]
+"""Of what a layer's neighbours share: parts of the file that they need, and those that run in static 8 bits."""
+
 Boundary = Callable[[frozenset[int]], Cost]
 """(numbers of the layers that run in static 8 bits) -> `[3]` cost of what converts between them and the others."""
 
@@ -58,11 +61,13 @@ class Shared:
         without, within = self.boundary(around), self.boundary(around | {index})
         return table + np.where(self.static[index][..., None], within, without)
 
-    def signature(self, index: int, numbers: Numbers) -> tuple[bytes, frozenset[int]]:
-        """Equal for profiles in which `table(index, ...)` is the same."""
-        others = [self.parts[i][found] for i, found in enumerate(numbers) if i != index]
-        needed = np.logical_or.reduce(others, axis=0) if others else np.zeros(0, dtype=bool)
-        return needed.tobytes(), self._static(numbers) - {index}
+    def signatures(self, numbers: Numbers) -> list[Signature]:
+        """For each layer: equal for profiles in which its `table` is the same."""
+        s, p = np.array(numbers).T
+        needs = self.parts[np.arange(len(numbers)), s, p]
+        others = needs.sum(axis=0) - needs > 0
+        static = self._static(numbers)
+        return [(needed.tobytes(), static - {index}) for index, needed in enumerate(others)]
 
     def _static(self, numbers: Numbers) -> frozenset[int]:
         return frozenset(index for index, found in enumerate(numbers) if self.static[index][found])

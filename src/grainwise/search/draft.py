@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from grainwise.plan.choices import STRUCTURES, UNCOMPRESSED, Entry, Method, entry_of, numbers_of
 from grainwise.plan.cost import CostModel, Widths
-from grainwise.plan.prices import Cost
+from grainwise.plan.prices import Cost, Signature
 from grainwise.plan.projection import BLOCK_STUDENTS, NARROWING
 from grainwise.plan.space import Mask, units_left
 
@@ -35,12 +35,16 @@ class Draft:
         self._shared: Cost = cost.shared(self.numbers)
         self._additive: dict[int, NDArray[np.float64]] = {}  # changes but for what is shared
         self._full: dict[int, tuple[tuple[object, ...], NDArray[np.float64]]] = {}
+        self._current: set[int] = set()  # layers whose full changes are those of the profile as it is
+        self._signatures: list[Signature] = []
 
     def entries(self) -> dict[str, Entry]:
         return {layer.name: entry_of(*found) for layer, found in zip(self.layers, self.numbers, strict=True)}
 
     def changes(self, index: int) -> NDArray[np.float64]:
         """`[S, P, 3]` change of the total when layer `index` takes the entry instead; infinite where illegal."""
+        if index in self._current:
+            return self._full[index][1]
         if index not in self._additive:
             self._additive[index] = self._compute_additive(index)
         additive = self._additive[index]
@@ -55,13 +59,18 @@ class Draft:
                 if s is not None:
                     table[s] = additive[s] + (shared[s] - self._shared)
             self._full[index] = made_of, table
+        self._current.add(index)
         return self._full[index][1]
 
     def _shared_tables(self, index: int) -> dict[int | None, NDArray[np.float64]]:
         """`[S, P, 3]` shared costs; under None for the profile as it is, and for each structure that takes the
         structures of other layers away.
         """
-        tables: dict[int | None, NDArray[np.float64]] = {None: self.cost.shared_table(index, self.numbers)}
+        if not self._signatures and self.cost.prices.shared is not None:
+            self._signatures = self.cost.prices.shared.signatures(self.numbers)
+        tables: dict[int | None, NDArray[np.float64]] = {
+            None: self.cost.shared_table(index, self.numbers, self._signatures[index])
+        }
         for s in BLOCK_STUDENTS:
             if stripped := self.stripped(index, s):
                 numbers = [(0, p) if i in stripped else (found, p) for i, (found, p) in enumerate(self.numbers)]
@@ -132,6 +141,8 @@ class Draft:
             self.numbers[i] = 0, self.numbers[i][1]
         self.numbers[index] = structure, precision
         self._widths, self.total = widths, total
+        self._current.clear()
+        self._signatures.clear()
         shared = self.cost.shared(self.numbers)
         if (shared != self._shared).any():  # the same array while it says the same, see `changes`
             self._shared = shared
