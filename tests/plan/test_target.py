@@ -55,6 +55,16 @@ def test_the_table(target: Target, geometry: Geometry, shared: Realisation, grou
         assert PACKED.realisation(stage, bits(Granularity.LAYER, level)) is FOLDED
 
 
+@pytest.mark.parametrize("geometry", [CONV1D, CONV2D, DEPTHWISE, LINEAR, GROUPED])
+def test_activations_may_stay_float(geometry: Geometry) -> None:
+    target = TARGETS["ort-cpu-float"]
+    for precision in PRECISIONS[1:]:
+        assert target.realisations(geometry, NONE, precision) == (FOLDED,)
+        assert not target.faster(geometry, NONE, precision)
+    assert target.realisations(EMBEDDING, NONE, bits(Granularity.CHANNEL, 8)) == (GATHERED,)
+    assert target.realisations(LINEAR, choice("prune/block/0.7"), NONE) == (SPARSE,)  # faster, and nothing is rounded
+
+
 def test_rows_of_a_table_that_do_not_start_at_a_byte_are_unpacked_at_load() -> None:
     """42 codes of 2 bits are 10.5 bytes; a table of which rows are left out has no rows to speak of."""
     four, two = bits(Granularity.CHANNEL, 4), bits(Granularity.CHANNEL, 2)
