@@ -40,6 +40,16 @@ def test_samples_after_a_trial_have_mean_and_variance_of_the_gaussian_posterior(
     assert _sum(posterior(PRIOR, [KEY], [1.2])) == pytest.approx(1.0 + gain * 0.2)
 
 
+def test_spread_draws_samples_nearer_to_the_mean() -> None:
+    mean = _sum(posterior(PRIOR, [KEY], [1.2]))
+    far, near, none = (
+        _sum(posterior(PRIOR, [KEY], [1.2], np.random.default_rng(3), spread)) - mean for spread in (0.2, 0.1, 0.0)
+    )
+    assert abs(far) > 1e-3
+    assert near == pytest.approx(far / 2)
+    assert none == pytest.approx(0.0, abs=1e-12)
+
+
 def test_samples_are_scores() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):

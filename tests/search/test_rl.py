@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,13 +64,25 @@ def test_a_share_of_each_batch_solves_sampled_scores(problem: Bed, share: float,
     made = searcher(problem, sampled=share)
     run(problem, made, 16)
     proposals = made.ask(16)
-    solved = [proposal for proposal in proposals if proposal.source in ("prior", "thompson")]
+    solved = [proposal for proposal in proposals if proposal.source in ("programme", "thompson")]
     assert len(proposals) == 16
     assert most // 2 <= len(solved) <= most
     assert len({tuple(p.entries.items()) for p in proposals}) == 16
     for proposal in solved:
         problem.projection.space.check(proposal.entries)
         assert (problem.projection.cost.total(proposal.entries) <= problem.projection.budget).all()
+
+
+def test_the_next_batch_holds_the_solution_of_what_the_measurements_taught(problem: Bed) -> None:
+    """The first profile turns out to be 30 times as bad as its scores say: another one solves the corrected scores."""
+    made, cost = searcher(problem), problem.projection.cost
+    (first,) = made.ask(1)
+    trial = problem.trial(0, first)
+    assert trial.measurement is not None
+    made.tell([replace(trial, outcome=replace(trial.measurement, divergence=30 * trial.measurement.divergence))])
+    solved = next(proposal for proposal in made.ask(16) if proposal.source == "programme")
+    new, old = (score_of(Draft(cost, one.entries), made._prior.scores) for one in (solved, first))
+    assert new < old
 
 
 def test_an_untrained_policy_is_the_prior(problem: Bed) -> None:

@@ -35,9 +35,9 @@ class _Errors:
         return _Errors(0.0, np.zeros(len(structures)), structures, precisions)
 
     @staticmethod
-    def drawn(prior: Sensitivity, rng: np.random.Generator) -> _Errors:
-        own = (_OWN * rng.normal(size=table.shape) for table in (prior.structures, prior.precisions))
-        return _Errors(_ALL * rng.normal(), _LAYER * rng.normal(size=len(prior.structures)), *own)
+    def drawn(prior: Sensitivity, rng: np.random.Generator, spread: float) -> _Errors:
+        own = (spread * _OWN * rng.normal(size=table.shape) for table in (prior.structures, prior.precisions))
+        return _Errors(spread * _ALL * rng.normal(), spread * _LAYER * rng.normal(size=len(prior.structures)), *own)
 
 
 def posterior(
@@ -45,15 +45,17 @@ def posterior(
     keys: Sequence[Sequence[int]],
     divergences: Sequence[float],
     rng: np.random.Generator | None = None,
+    spread: float = 1.0,
 ) -> Sensitivity:
     """The scores after T trials: Gaussian-process regression with a linear kernel, every score multiplied by one plus
     the errors found. The posterior mean (Rasmussen & Williams 2006, eq. 2.25), or with `rng` a sample of the posterior:
     errors drawn from the prior, corrected by what they leave of the measurements (Matheron's rule; Wilson et al. 2020,
     eq. 9).
 
-    keys: `[T, L]` flat entry numbers s * P + p. divergences: `[T]`, in nats.
+    keys: `[T, L]` flat entry numbers s * P + p. divergences: `[T]`, in nats. spread: factor of a sample's distance from
+    the mean; 1 for the posterior itself.
     """
-    guess = _Errors.none(prior) if rng is None else _Errors.drawn(prior, rng)
+    guess = _Errors.none(prior) if rng is None else _Errors.drawn(prior, rng, spread)
     if not keys:
         shared = 1 + guess.all + guess.layers
         tables = (prior.structures, guess.structures), (prior.precisions, guess.precisions)
@@ -76,7 +78,7 @@ def posterior(
     for own, errors in ((own_s, guess.structures), (own_p, guess.precisions)):
         guessed += np.einsum("tla,la->t", own, errors)
     if rng is not None:
-        guessed += np.sqrt(noise) * rng.normal(size=len(y))
+        guessed += spread * np.sqrt(noise) * rng.normal(size=len(y))
     alpha = np.linalg.solve(kernel + np.diag(noise), y - guessed)
     shared = 1 + guess.all + guess.layers + _ALL**2 * total @ alpha + _LAYER**2 * layer.T @ alpha  # [L]
     return Sensitivity(

@@ -25,9 +25,10 @@ _ROUNDS = 6
 _STARTS = 2  # of the greedy solution, once it is known which are good
 
 
-def solved_prior(projection: Projection, sensitivity: Sensitivity | None, temperature: float = 0.5) -> Prior:
+def solved_prior(programme: Programme, sensitivity: Sensitivity | None, temperature: float = 0.5) -> Prior:
     """The prior of measured scores, around the programme's solution where that is the better one."""
-    known = None if sensitivity is None else Programme(projection).solve(finite_scores(projection, sensitivity))
+    projection = programme.projection
+    known = None if sensitivity is None else programme.solve(finite_scores(projection, sensitivity))
     return Prior(projection, sensitivity, temperature, known=known)
 
 
@@ -43,38 +44,44 @@ class Programme:
     """
 
     def __init__(self, projection: Projection) -> None:
-        self._projection = projection
+        self.projection = projection
         self._cost = projection.cost
         self._finite = np.flatnonzero(np.isfinite(projection.budget))
         self._tables = OptionTables(projection)
         self._starts = uniform(projection)
 
-    def solve(self, scores: Table) -> dict[str, Entry]:
+    def solve(self, scores: Table, start: Mapping[str, Entry] | None = None) -> dict[str, Entry]:
         """The profile of least summed scores (`[L, S, P]`, >= 0) that is found within the budgets, slack filled; never
-        worse than the greedy one. Scores that follow the first ones are thought to be like them: what was not among the
-        best `_STARTS` starts then is not tried again.
+        worse than `start`, a profile within the budgets, by default the greedy one.
         """
-        greedy = reductions(self._projection, scores, self._starts)
-        self._starts = [start for start, _ in greedy[:_STARTS]]
-        start = greedy[0][1] if greedy else reduced(self._projection, scores)
+        start = dict(start) if start is not None else self._greedy(scores)
         limit = score_of(Draft(self._cost, start), scores)
         around, offset = self._cost.widths(start), np.zeros(len(COSTS))
         for _ in range(_ROUNDS):
-            found = self._solve(scores, limit, around, self._projection.budget - offset)
+            found = self._solve(scores, limit, around, self.projection.budget - offset)
             if found is None:
                 break
             draft = Draft(self._cost, found[0])
-            if (draft.total <= self._projection.budget).all():
-                fill(draft, scores, self._projection.budget)
+            if (draft.total <= self.projection.budget).all():
+                fill(draft, scores, self.projection.budget)
                 return draft.entries() if score_of(draft, scores) <= limit else start
             offset = np.maximum(offset, draft.total - found[1])
         return start
+
+    def _greedy(self, scores: Table) -> dict[str, Entry]:
+        """Scores that follow the first ones are thought to be like them: what was not among the best `_STARTS` starts
+        then is not tried again.
+        """
+        found = reductions(self.projection, scores, self._starts)
+        if len(self._starts) > _STARTS:
+            self._starts = [start for start, _ in found[:_STARTS]]
+        return found[0][1] if found else reduced(self.projection, scores)
 
     def _solve(
         self, scores: Table, limit: float, around: Mapping[str, int], budget: Cost
     ) -> tuple[dict[str, Entry], Cost] | None:
         """Entries and their modelled cost, or None when there is no solution."""
-        names = [layer.name for layer in self._projection.space.layers]
+        names = [layer.name for layer in self.projection.space.layers]
         options = [self._tables.useful(index, around, scores, limit) for index in range(len(names))]
         first = np.cumsum([0, *(len(found.numbers) for found in options)])
         columns = [np.arange(*pair) for pair in pairwise(first)]
@@ -93,7 +100,7 @@ class Programme:
         self._pay_for_parts(rows, options, columns)
         base = self._cost.fixed({})
         for k in self._finite:
-            unit = self._projection.budget[k]
+            unit = self.projection.budget[k]
             rows.add(np.arange(len(objective)), costs[:, k] / unit, -np.inf, (budget[k] - base[k]) / unit)
         taken = minimise(objective, rows, limit)
         if taken is None:
@@ -107,7 +114,7 @@ class Programme:
         """A layer's option at a width is taken only with an entry of the coupling's leader that gives this width."""
         for index, found in enumerate(options):
             for position, coupling in enumerate(found.couplings):
-                leader = self._projection.numbers[coupling]
+                leader = self.projection.numbers[coupling]
                 if leader == index:
                     continue
                 decided = options[leader].widths[:, options[leader].couplings.index(coupling)]
@@ -119,10 +126,10 @@ class Programme:
 
     def _keep_students_plain(self, rows: Rows, options: list[Options], columns: list[NDArray[np.intp]]) -> None:
         """Layers of a block that is distilled take no structure of their own."""
-        for block in self._projection.space.graph.blocks:
-            leader = self._projection.numbers[block.coupling]
+        for block in self.projection.space.graph.blocks:
+            leader = self.projection.numbers[block.coupling]
             student = columns[leader][np.isin(options[leader].numbers[:, 0], BLOCK_STUDENTS)]
-            for index in (self._projection.numbers[name] for name in block.layers):
+            for index in (self.projection.numbers[name] for name in block.layers):
                 own = columns[index][options[index].numbers[:, 0] != 0]
                 if index != leader and len(student) and len(own):
                     rows.add(np.concatenate([student, own]), 1.0, -np.inf, 1.0)

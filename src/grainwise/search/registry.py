@@ -63,7 +63,7 @@ def _controller(given: Given) -> Searcher:
 
 
 def _evolution(given: Given) -> Searcher:
-    prior = None if given.sensitivity is None else solved_prior(given.projection, given.sensitivity)
+    prior = None if given.sensitivity is None else solved_prior(Programme(given.projection), given.sensitivity)
     return EvolutionSearcher(given.projection, projected=given.config.projected, prior=prior, seed=given.seed)
 
 

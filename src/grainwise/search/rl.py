@@ -23,7 +23,7 @@ from grainwise.plan.prices import COSTS
 from grainwise.plan.projection import Projection, Walk
 from grainwise.search.beliefs import posterior
 from grainwise.search.prior import finite_scores
-from grainwise.search.programme import solved_prior
+from grainwise.search.programme import Programme, solved_prior
 from grainwise.search.searcher import Proposal, State
 from grainwise.search.walks import Guide, Key, distinct, entries_of, filled, key_of, sample
 from grainwise.study.sensitivity import Sensitivity
@@ -32,6 +32,8 @@ from grainwise.study.trial import Trial
 _S, _P = len(STRUCTURES), len(PRECISIONS)
 DYNAMICS = len(COSTS) + 1  # what is left of each budget, log of the multiplier's factor
 _PARENTS = 1.5  # mean rank of the elite profiles that sampled scores are solved around
+_SPREAD = 0.3  # of the sampled scores: all of the posterior's doubt, in hundreds of scores at once, leads far astray
+_TRIES = 6  # solutions for each new one that is wanted, at most
 _ILLEGAL = 2.0  # summary of a choice that the layer cannot take
 
 
@@ -96,7 +98,8 @@ class ControllerSearcher:
         self.config = config or ControllerConfig()
         self._projection = projection
         scores = sensitivity if self.config.use_prior else None
-        self._prior = solved_prior(projection, scores, self.config.temperature)
+        self._programme = Programme(projection)
+        self._prior = solved_prior(self._programme, scores, self.config.temperature)
         self._sensitivity = self._prior.sensitivity
         self._static = _standardised(features)
         self._summary = _summary(projection, self._prior.sensitivity)
@@ -123,26 +126,30 @@ class ControllerSearcher:
         return proposals + [Proposal(entries, "controller") for entries in new]
 
     def _sampled(self, count: int) -> list[Proposal]:
-        """Up to `count` new profiles that solve scores drawn from what the measurements leave possible, each around an
-        elite profile (the first: their mean, around the best): Thompson sampling.
+        """Up to `count` new profiles: the solution of the scores as they are now, then solutions of scores drawn around
+        them (Thompson sampling), half of them reached from that solution and half from elite profiles.
         """
         elite = self._elite()
-        if not elite or self._sensitivity is None or not self.config.learn_scores:
+        if count < 1 or not elite or self._sensitivity is None or not self.config.learn_scores:
             return []
         measured = [m for m in self._memory if math.isfinite(m.divergence)]
         keys, divergences = [m.key for m in measured], [m.divergence for m in measured]
+        parents = [entries_of(self._projection, m.key) for m in elite]
+        solution = self._programme.solve(self._prior.scores, self._prior.improved(parents[0]))
         proposals = []
-        for number in range(count):
-            scores, parent = None, elite[0]
+        for number in range(_TRIES * count):
+            found, source = solution, "programme"
             if number:
-                drawn = posterior(self._sensitivity, keys, divergences, self._rng)
-                scores = finite_scores(self._projection, drawn)
-                parent = elite[min(len(elite) - 1, int(self._rng.exponential(_PARENTS)))]
-            solved = self._prior.improved(entries_of(self._projection, parent.key), scores)
-            key = key_of(self._projection, solved)
+                drawn = posterior(self._sensitivity, keys, divergences, self._rng, _SPREAD)
+                rank = min(len(parents) - 1, int(self._rng.exponential(_PARENTS)))
+                around = solution if self._rng.random() < 0.5 else parents[rank]
+                found, source = self._prior.improved(around, finite_scores(self._projection, drawn)), "thompson"
+            key = key_of(self._projection, found)
             if key not in self._seen:
                 self._seen.add(key)
-                proposals.append(Proposal(solved, "thompson" if number else "prior"))
+                proposals.append(Proposal(found, source))
+            if len(proposals) == count:
+                break
         return proposals
 
     def propose(self, count: int) -> list[Proposal]:
