@@ -58,8 +58,8 @@ class ControllerConfig:
     learn_scores: bool = True
     """Correct the scores of the prior by the measurements, see `beliefs`."""
     sampled: float = 0.5
-    """Share of the proposals that solve sampled scores around elite profiles, once there are any; the controller makes
-    the others."""
+    """Share of the proposals that solve corrected and sampled scores, at most, once there are measurements; the
+    controller makes the others."""
     elite: int = 16
     """Best trials that the policy imitates and, later, samples around."""
     replay: int = 16
