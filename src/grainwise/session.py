@@ -45,7 +45,7 @@ from grainwise.realise.reference import Reference, fingerprint
 from grainwise.recover.batches import TrainingBatches
 from grainwise.recover.checkpoint import Checkpoint
 from grainwise.recover.losses import relative_error, softened_divergence
-from grainwise.recover.options import RecoverOptions, TrainingBudget
+from grainwise.recover.options import STANDARD, RecoverOptions, TrainingBudget, training_budget
 from grainwise.recover.recovery import Recovered, Trainee, Watch, recover
 from grainwise.recover.shadows import shadows_of
 from grainwise.recover.step import Distillation, Student, feature_places
@@ -194,7 +194,7 @@ class Session:
         train: Iterable[Any],
         *,
         budget: TrainingBudget,
-        options: RecoverOptions = RecoverOptions(),
+        options: RecoverOptions = STANDARD,
         folder: Path | None = None,
         resume: bool = False,
         watch: Watch = lambda done, total, note: None,
@@ -327,7 +327,7 @@ class Result:
         *,
         epochs: int | None = None,
         minutes: float | None = None,
-        options: RecoverOptions = RecoverOptions(),
+        options: RecoverOptions = STANDARD,
         folder: str | Path | None = None,
         resume: bool = False,
         watch: Watch = lambda done, total, note: None,
@@ -342,13 +342,12 @@ class Result:
 
         Raises RecoveryError, DataError, ParityError; Stopped on Ctrl-C or SIGTERM.
         """
-        budget = TrainingBudget(3 if epochs is None and minutes is None else epochs, minutes)
         where = None if folder is None else Path(folder)
         candidate, found = self.session.recover(
             self.candidate,
             self.entries,
             train,
-            budget=budget,
+            budget=training_budget(epochs, minutes),
             options=options,
             folder=where,
             resume=resume,

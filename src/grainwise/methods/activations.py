@@ -23,7 +23,7 @@ class _Rounded(torch.autograd.Function):
         return x.round()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -181,5 +181,5 @@ class EightBitSum(nn.Module):
         offset = self.zeros[2] - centre
         inner = (codes[1].double() * ratios[1] + offset).float()
         total = rounded((codes[0].double() * ratios[0] + inner).float())
-        rounded: Tensor = (total - self.zeros[2]) * self.scales[2]
-        return rounded
+        summed: Tensor = (total - self.zeros[2]) * self.scales[2]
+        return summed

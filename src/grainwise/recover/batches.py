@@ -35,8 +35,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """loader: as a split of `Data`, with or without targets, that can be read again for each epoch. Each epoch begins with
-    the global generators at a state that follows from seed and epoch alone, so that it can be repeated.
+    """loader: as a split of `Data`, with or without targets, that can be read again for each epoch. Each epoch begins
+    with the global generators at a state that follows from seed and epoch alone, so that it can be repeated.
     per_epoch: batches that the loader gives.
     """
 
@@ -60,8 +60,8 @@ class TrainingBatches:
     def epoch(self, number: int, done: int = 0, last: str | None = None) -> Generator[tuple[Any, str]]:
         """Inputs of each batch of an epoch with their SHA-256, but for the first `done` ones.
 
-        last: SHA-256 of the batch before the first one that is given. Raises RecoveryError when it is another one now, or
-        when there are fewer batches than in other epochs; DataError for a sample that is in another split.
+        last: SHA-256 of the batch before the first one that is given. Raises RecoveryError when it is another one now,
+        or when there are fewer batches than in other epochs; DataError for a sample that is in another split.
         """
         count = 0
         with seeded(_epoch_seed(self.seed, number)):
@@ -79,7 +79,7 @@ class TrainingBatches:
                 yield batch.inputs, digest
         if count < self.per_epoch:
             raise RecoveryError(
-                f"the training data ran dry: {count} batches in epoch {number + 1} where {self.per_epoch} were expected; "
+                f"the training data ran dry: {count} batches in epoch {number + 1}, {self.per_epoch} were expected; "
                 "give a loader that can be read anew for each epoch, for instance a list or a DataLoader"
             )
 

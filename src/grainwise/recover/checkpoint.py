@@ -49,8 +49,8 @@ class Checkpoint:
             _sync(folder)
         except OSError as error:
             raise RecoveryError(
-                f"the checkpoint could not be written to {folder} ({error}); about {len(content)} bytes are needed there, "
-                "an older checkpoint is untouched"
+                f"the checkpoint could not be written to {folder} ({error}); about {len(content)} bytes are needed "
+                "there, an older checkpoint is untouched"
             ) from error
         finally:
             partial.unlink(missing_ok=True)
@@ -60,7 +60,7 @@ class Checkpoint:
         """Raises RecoveryError when there is none, or when it is damaged."""
         path = folder / NAME
         try:
-            with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         except FileNotFoundError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+DEFAULT_EPOCHS = 3
+
 
 @dataclass(frozen=True, slots=True)
 class RecoverOptions:
@@ -36,6 +38,9 @@ class RecoverOptions:
             raise ValueError(f"patience must be at least 1 epoch, got {self.patience}")
 
 
+STANDARD = RecoverOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingBudget:
     """Whole epochs, or minutes of training (of one run or all its resumed parts together).
@@ -50,6 +55,11 @@ class TrainingBudget:
         given = [value for value in (self.epochs, self.minutes) if value is not None]
         if len(given) != 1 or not 0 < given[0] < math.inf:
             raise ValueError(f"give epochs or minutes, above 0: got epochs={self.epochs}, minutes={self.minutes}")
+
+
+def training_budget(epochs: int | None, minutes: float | None) -> TrainingBudget:
+    """What was asked for, 3 epochs where nothing was. Raises ValueError as the budget does."""
+    return TrainingBudget(DEFAULT_EPOCHS if epochs is None and minutes is None else epochs, minutes)
 
 
 def learning_rate(step: int, total: int | None, options: RecoverOptions) -> float:

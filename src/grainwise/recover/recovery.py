@@ -19,7 +19,7 @@ from grainwise.realise.reference import fingerprint
 from grainwise.recover.batches import TrainingBatches
 from grainwise.recover.checkpoint import Checkpoint
 from grainwise.recover.errors import RecoveryError, Stopped
-from grainwise.recover.options import RecoverOptions, TrainingBudget, learning_rate
+from grainwise.recover.options import STANDARD, RecoverOptions, TrainingBudget, learning_rate
 from grainwise.recover.signals import StopFlag, stop_flag
 from grainwise.recover.step import Distillation, NotFinite, Student, train_step
 from grainwise.study.measurement import Measurement
@@ -35,8 +35,8 @@ Watch = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Trainee:
-    """What is recovered. student: on a network of the caller's own, which is written to. skeleton: that the network is a
-    candidate of, None for the packed target. calibration: batches of inputs that ranges of 8-bit values are set on.
+    """What is recovered. student: on a network of the caller's own, which is written to. skeleton: that the network is
+    a candidate of, None for the packed target. calibration: batches of inputs that 8-bit ranges are set on.
     """
 
     student: Student
@@ -57,9 +57,9 @@ class Trainee:
 
 @dataclass
 class Progress:
-    """Where a run stands: batches done of the present epoch, steps in all, seconds of training. total: steps of the whole
-    run, None while that is not known. last: SHA-256 of the last batch. losses: of every step. scores: measured after each
-    epoch, first of all at the start. best: number of the score of lowest divergence.
+    """Where a run stands: batches done of the present epoch, steps in all, seconds of training. total: steps of the
+    whole run, None while that is not known. last: SHA-256 of the last batch. losses: of every step. scores: measured
+    after each epoch, first of all at the start. best: number of the score of lowest divergence.
     """
 
     epoch: int = 0
@@ -102,7 +102,7 @@ def recover(
     score: Score,
     *,
     budget: TrainingBudget,
-    options: RecoverOptions = RecoverOptions(),
+    options: RecoverOptions = STANDARD,
     folder: Path | None = None,
     resume: bool = False,
     watch: Watch = lambda done, total, note: None,
@@ -110,9 +110,10 @@ def recover(
     """Train the candidate's network, and leave it as the best of its states on the search split, the start among them.
 
     folder: where a checkpoint is kept while it runs. resume: go on from it, to the same losses as an uncut run.
-    Raises RecoveryError (a loss that is not finite, training data that run dry, a checkpoint that does not fit or cannot
-    be written), DataError (a sample of another split), or Stopped after Ctrl-C or SIGTERM, with a checkpoint that is up
-    to date. What the folder held last stays.
+
+    Raises RecoveryError (a loss that is not finite, training data that run dry, a checkpoint that does not fit or
+    cannot be written), DataError (a sample of another split), or Stopped after Ctrl-C or SIGTERM, with a checkpoint
+    that is up to date. What the folder held last stays.
     """
     run = _Run(candidate, loss, batches, score, budget, options, folder, watch)
     if resume:
@@ -182,8 +183,8 @@ class _Run:
             at.losses.append(train_step(self._loss, inputs, self._optimiser, rate))
         except NotFinite as error:
             raise RecoveryError(
-                f"{error} at step {at.step + 1} of the recovery: lower the learning rate ({self._options.learning_rate}) "
-                "or look for NaN in the training data; what was there before is unchanged"
+                f"{error} at step {at.step + 1} of the recovery: lower the learning rate "
+                f"({self._options.learning_rate}) or look for NaN in the training data; what was there is unchanged"
             ) from error
         at.step, at.batch, at.last = at.step + 1, at.batch + 1, digest
         at.seconds += time.monotonic() - begin
@@ -233,7 +234,7 @@ class _Run:
             raise Stopped(flag.number)
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = {f"change.{name}": value for name, value in self._changes.items()}
+        found: dict[str, Tensor] = {f"change.{name}": value for name, value in self._changes.items()}
         for name, parameter in self._changes.items():
             found |= {f"adam.{part}.{name}": value for part, value in self._optimiser.state[parameter].items()}
         for kind, state in (("network", _state(self._network)), ("best", self._best)):

@@ -1,4 +1,4 @@
-"""What is trained of a deployed network: float32 shadows of its stored values, read through the form they are stored in.
+"""What is trained of a deployed network: float32 shadows of its values, read through the form they are stored in.
 
 Letters: R x C the weight matrix of a stage, S scales, O output channels.
 """
@@ -168,7 +168,7 @@ class PackedShadow(Shadow):
             packed.store(codes.to(torch.uint8), scale.half(), self.keep)
         refresh(layer)
         if bias is not None:
-            layer.bias.copy_(bias)  # type: ignore[operator, union-attr]
+            layer.bias.copy_(bias)  # type: ignore[operator]
 
 
 class _AsStored(torch.autograd.Function):
@@ -177,7 +177,7 @@ class _AsStored(torch.autograd.Function):
         return storable(scale)
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
         return gradient
 
 

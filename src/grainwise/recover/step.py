@@ -42,7 +42,7 @@ class Student(nn.Module):
     def __init__(self, network: nn.Module, forward: Forward, shadows: Sequence[Shadow]) -> None:
         super().__init__()
         self.shadows = nn.ModuleList(shadows)
-        self._bound = [_Bound(network, forward)]  # in a list, so that its tensors are not trained by themselves
+        self._bound = [_Bound(network.requires_grad_(False), forward)]  # in a list: it is trained by its shadows alone
 
     @property
     def network(self) -> nn.Module:
