@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -89,6 +91,41 @@ def parts(*, calibration: int, search: int, test: int) -> dict[str, tuple[np.nda
         "search": (images[held], labels[held]),
         "test": (data["test_images"][:test], data["test_labels"][:test]),
     }
+
+
+def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Random flip and a random 32x32 crop of the picture reflected by 4 pixels; images [B, 3, 32, 32]. generator: torch's
+    own unless given.
+    """
+    count = len(images)
+    flip = torch.rand(count, generator=generator) < 0.5
+    images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+    padded = F.pad(images, (4, 4, 4, 4), mode="reflect")
+    top, left = torch.randint(0, 9, (2, count), generator=generator)
+    rows = (top.view(-1, 1) + torch.arange(32)).view(-1, 1, 32, 1)
+    columns = (left.view(-1, 1) + torch.arange(32)).view(-1, 1, 1, 32)
+    batch = torch.arange(count).view(-1, 1, 1, 1)
+    return padded[batch, torch.arange(3).view(1, 3, 1, 1), rows, columns]
+
+
+class Training:
+    """The training pictures that no split of `splits` has, shuffled and augmented anew each time they are read.
+
+    pictures: how many of them, all unless given. size: of a batch; the last pictures that do not fill one are left out.
+    """
+
+    def __init__(self, pictures: int | None = None, size: int = 128) -> None:
+        data = load()
+        images, labels = data["train_images"][CALIBRATION:-HELD_OUT], data["train_labels"][CALIBRATION:-HELD_OUT]
+        self._images, self._labels = normalise(images[:pictures]), torch.from_numpy(labels[:pictures]).long()
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self._images) // self._size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for chosen in torch.randperm(len(self._images))[: len(self) * self._size].split(self._size):
+            yield augment(self._images[chosen]), self._labels[chosen]
 
 
 def splits() -> Data:

@@ -21,22 +21,6 @@ from torch import Tensor
 from examples import cifar10
 from examples.resnet20 import WEIGHTS, ResNet20, pretrained
 
-HELD_OUT = 2500
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random flip and a random 32x32 crop of the picture reflected by 4 pixels; images [B, 3, 32, 32]."""
-    count = len(images)
-    flip = torch.rand(count, generator=generator) < 0.5
-    images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
-    padded = F.pad(images, (4, 4, 4, 4), mode="reflect")
-    top, left = torch.randint(0, 9, (2, count), generator=generator)
-    rows = (top.view(-1, 1) + torch.arange(32)).view(-1, 1, 32, 1)
-    columns = (left.view(-1, 1) + torch.arange(32)).view(-1, 1, 1, 32)
-    batch = torch.arange(count).view(-1, 1, 1, 1)
-    return padded[batch, torch.arange(3).view(1, 3, 1, 1), rows, columns]
-
-
 @torch.inference_mode()
 def accuracy(model: ResNet20, images: Tensor, labels: Tensor) -> float:
     """Share of pictures classified correctly, 0 to 1, in float32."""
@@ -53,7 +37,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     data = cifar10.load()
     images, labels = cifar10.normalise(data["train_images"]), torch.from_numpy(data["train_labels"]).long()
-    images, labels = images[:-HELD_OUT], labels[:-HELD_OUT]
+    images, labels = images[: -cifar10.HELD_OUT], labels[: -cifar10.HELD_OUT]
     model = (pretrained() if warm_start else ResNet20()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.SGD(model.parameters(), peak_rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = len(images) // batch
@@ -67,7 +51,7 @@ def train(
         order, total = torch.randperm(len(images), generator=generator), 0.0
         for step in range(steps):
             chosen = order[step * batch : (step + 1) * batch]
-            x = augment(images[chosen], generator).to(memory_format=torch.channels_last)
+            x = cifar10.augment(images[chosen], generator).to(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 loss = F.cross_entropy(model(x).float(), labels[chosen], label_smoothing=label_smoothing)
             loss.backward()

@@ -54,5 +54,10 @@ def pictures(count: int, seed: int, batch: int = 32) -> list[tuple[Tensor, Tenso
     return list(zip(images.split(batch), labels.split(batch), strict=True))
 
 
+def tiny_training() -> list[tuple[Tensor, Tensor]]:
+    """Of no split of `tiny_data`."""
+    return pictures(128, 7)
+
+
 def tiny_data() -> Data:
     return Data(calibration=pictures(64, 1), search=pictures(64, 2), test=pictures(64, 3))

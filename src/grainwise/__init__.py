@@ -8,6 +8,7 @@ _PUBLIC = {
     "CompressionProfile": "plan.profile",
     "Data": "evaluate.data",
     "Observer": "api",
+    "RecoverOptions": "recover.options",
     "Result": "session",
     "SearchOptions": "api",
     "Session": "session",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +36,9 @@ from grainwise.plan.choices import Method
 from grainwise.plan.profile import CompressionProfile, ProfileError
 from grainwise.plan.projection import Projection
 from grainwise.plan.space import SpaceKind
-from grainwise.realise.reference import channels_last
+from grainwise.realise.reference import channels_last, fingerprint
+from grainwise.recover.checkpoint import Checkpoint
+from grainwise.recover.options import STANDARD, RecoverOptions, training_budget
 from grainwise.search.driver import Budget, Judge, search
 from grainwise.search.registry import Given, Table, technique
 from grainwise.search.rl import ControllerConfig
@@ -88,13 +90,14 @@ class SearchOptions:
 class Observer:
     """What a person wants to see while it runs; every callback may be left out.
 
-    stage: a stage begins (`trace`, `latency`, `sensitivity`, `search`, `finish`). progress: (done, total) of the stage.
-    trial: (trial, best so far) after each trial.
+    stage: a stage begins (`trace`, `latency`, `sensitivity`, `search`, `recover`, `finish`). progress: (done, total) of
+    the stage. trial: (trial, best so far) after each trial. step: (done, total, words) after each step of a recovery.
     """
 
     stage: Callable[[str], None] = field(default=lambda name: None)
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
     trial: Callable[[Trial, Trial | None], None] = field(default=lambda trial, leader: None)
+    step: Callable[[int, int, str], None] = field(default=lambda done, total, note: None)
 
 
 def compress(
@@ -259,6 +262,64 @@ def verify_artefact(
     if deployed:
         figures |= _verify_file(Path(directory), found, reference, splits, score, forward, runtime)
     return {**figures, "claimed_accuracy": claimed.get("accuracy"), "claimed_macs": claimed.get("macs")}
+
+
+def recover_artefact(
+    directory: str | Path,
+    model: nn.Module,
+    data: Data,
+    train: Iterable[Any],
+    *,
+    epochs: int | None = None,
+    minutes: float | None = None,
+    metric: str | Metric = "accuracy",
+    forward: Forward = default_forward,
+    options: RecoverOptions = STANDARD,
+    resume: bool = False,
+    observer: Observer = Observer(),
+) -> Result:
+    """Fine-tune the network of an artefact as `Result.recover` does, and put the recovered one in its place once its
+    file has passed the parity gate. Where nothing better is found the artefact stays as it is.
+
+    A checkpoint is kept beside the directory meanwhile (`checkpoint_folder`); resume: go on from it.
+
+    Raises ArtefactError (damaged, made from another network), RecoveryError, DataError, ParityError, or Stopped on
+    Ctrl-C or SIGTERM; the artefact is then unchanged.
+    """
+    budget, folder = training_budget(epochs, minutes), checkpoint_folder(directory)
+    observer.stage("trace")
+    found = load(directory, model, forward)
+    profile = found.profile
+    if profile.model != fingerprint(model):
+        raise ArtefactError(
+            f"{directory} was made from other weights than this network has; give the one it was made from"
+        )
+    session = Session.prepare(model, data, metric=metric, forward=forward, space=profile.space, target=profile.target)
+    observer.stage("recover")
+    start = session.evaluator.deployed(found.model, profile.entries)
+    candidate, recovered = session.recover(
+        start,
+        profile.entries,
+        train,
+        budget=budget,
+        options=options,
+        folder=folder,
+        resume=resume,
+        watch=observer.step,
+    )
+    observer.stage("finish")
+    trials = found.manifest.figures.get("trials")
+    result = session.result(candidate, profile.entries, int(trials or 0), recovered)
+    if recovered.best:
+        result.export(directory)
+    Checkpoint.remove(folder)
+    return result
+
+
+def checkpoint_folder(directory: str | Path) -> Path:
+    """Where the recovery of an artefact keeps its checkpoint."""
+    path = Path(directory)
+    return path.with_name(f"{path.name}.recovery")
 
 
 def _verify_file(

@@ -1,4 +1,4 @@
-"""The command line: inspect, search, best, apply, verify, bench; one function a command, heavy imports inside."""
+"""The command line: one function a command, heavy imports inside."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def _factory(path: str, what: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def _plain_errors(resume: str = "") -> Iterator[None]:
+def _plain_errors(resume: str = "", kept: str = "every finished trial is kept") -> Iterator[None]:
     """Expected errors become one sentence and exit code 1; Ctrl-C tells how to go on and exits with 130."""
     try:
         yield
     except KeyboardInterrupt:
-        _stop(f"stopped; every finished trial is kept{resume and f'. Go on with:{chr(10)}  {resume}'}", 130)
+        _stop(f"stopped; {kept}{resume and f'. Go on with:{chr(10)}  {resume}'}", 130)
     except (ValueError, RuntimeError, OSError, TypeError, ImportError) as error:
         _stop(f"error: {error}", 1)
 
@@ -361,6 +361,60 @@ def verify(
         network, loaded = _factory(model, "the model")(), _factory(data, "the data")()
         figures = verify_artefact(directory, network, loaded, runtime=runtime, **_hooks(metric, forward))
         _print_json(figures) if as_json else show_figures(figures, Console())
+
+
+@app.command()
+def recover(
+    directory: Annotated[Path, typer.Argument(help="the artefact")],
+    model: ModelOption,
+    data: DataOption,
+    train: Annotated[str, typer.Option(help="module:function that returns training batches, read anew each epoch")],
+    epochs: Annotated[int | None, typer.Option(help="of the training data; 3 unless minutes are given")] = None,
+    minutes: Annotated[float | None, typer.Option(help="of training, instead of epochs")] = None,
+    learning_rate: Annotated[float, typer.Option(help="at its peak, as a share of the weights' size")] = 0.002,
+    seed: Annotated[int, typer.Option(help="of the training data's order")] = 0,
+    metric: MetricOption = "accuracy",
+    forward: ForwardOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint beside the artefact")] = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune an artefact's network towards the uncompressed one, and replace the artefact once that is verified."""
+    from grainwise.report.progress import LiveProgress
+    from grainwise.report.tables import show_figures
+
+    words = " ".join(["grainwise", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+    with _plain_errors(words, "the artefact is unchanged and a checkpoint is kept beside it"):
+        import torch
+
+        from grainwise.api import Observer, recover_artefact
+        from grainwise.recover.options import RecoverOptions
+
+        if threads:
+            torch.set_num_threads(threads)
+        network, loaded, batches = (
+            _factory(path, what)()
+            for path, what in ((model, "the model"), (data, "the data"), (train, "the training data"))
+        )
+        with LiveProgress(None) as live:
+            result = recover_artefact(
+                directory,
+                network,
+                loaded,
+                batches,
+                epochs=epochs,
+                minutes=minutes,
+                options=RecoverOptions(learning_rate=learning_rate, seed=seed),
+                resume=resume,
+                observer=Observer(stage=live.stage, step=live.step),
+                **_hooks(metric, forward),
+            )
+        if as_json:
+            _print_json(result.figures())
+            return
+        show_figures(result.figures(), Console())
+        better = result.recovery is not None and result.recovery.best > 0
+        typer.echo(f"artefact: {directory}" if better else f"nothing better was found; {directory} is unchanged")
 
 
 @app.command()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +42,13 @@ from grainwise.plan.target import Target, resolve_target
 from grainwise.realise.disk import VariantsOnDisk
 from grainwise.realise.library import VariantLibrary
 from grainwise.realise.reference import Reference, fingerprint
+from grainwise.recover.batches import TrainingBatches
+from grainwise.recover.checkpoint import Checkpoint
+from grainwise.recover.losses import relative_error, softened_divergence
+from grainwise.recover.options import STANDARD, RecoverOptions, TrainingBudget, training_budget
+from grainwise.recover.recovery import Recovered, Trainee, Watch, recover
+from grainwise.recover.shadows import shadows_of
+from grainwise.recover.step import Distillation, Student, feature_places
 from grainwise.report.card import model_card
 from grainwise.study.measurement import Measurement
 from grainwise.study.sensitivity import Sensitivity
@@ -159,8 +168,13 @@ class Session:
     def finish(self, entries: Mapping[str, Entry], trials: int) -> Result:
         """Build the deployable network and measure it, on the test split too."""
         self.space.check(entries)
+        return self.result(self.evaluator.finish(entries), entries, trials)
+
+    def result(
+        self, candidate: Candidate, entries: Mapping[str, Entry], trials: int, recovery: Recovered | None = None
+    ) -> Result:
+        """A deployed candidate with all its figures. Raises ParityError for a file that does not pass the gate."""
         evaluator = self.evaluator
-        candidate = evaluator.finish(entries)
         return Result(
             session=self,
             candidate=candidate,
@@ -170,7 +184,52 @@ class Session:
             trials=trials,
             entries=dict(entries),
             deployed=self._deployed(candidate),
+            recovery=recovery,
         )
+
+    def recover(
+        self,
+        candidate: Candidate,
+        entries: Mapping[str, Entry],
+        train: Iterable[Any],
+        *,
+        budget: TrainingBudget,
+        options: RecoverOptions = STANDARD,
+        folder: Path | None = None,
+        resume: bool = False,
+        watch: Watch = lambda done, total, note: None,
+    ) -> tuple[Candidate, Recovered]:
+        """A copy of the candidate that `entries` gave, trained to compute what the uncompressed network does
+        (`recover.recovery.recover`, which says what is raised).
+        """
+        evaluator, reference = self.evaluator, self.reference
+        network, skeleton = copy.deepcopy(candidate.model), reference.skeleton
+        layers = [layer.name for layer in self.space.layers if not layer.blocked and not layer.tied_to]
+        trained = layers if skeleton is None else list(skeleton.units)
+        tied = {layer.tied_to for layer in self.space.layers}
+        shadows = shadows_of(network, set(trained) - tied, reference.target.largest_code)
+        student = Student(network, evaluator.forward, shadows)
+        logits = evaluator.scoring.divergence is kl_divergence
+        loss = Distillation(
+            student,
+            reference.base,
+            evaluator.forward,
+            partial(softened_divergence, temperature=options.temperature) if logits else relative_error,
+            feature_places(self.space.graph, skeleton, network),
+            options.feature_weight,
+        )
+        found = recover(
+            Trainee(student, evaluator.forward, skeleton, reference.calibration),
+            loss,
+            TrainingBatches.of(train, self.splits, options.seed),
+            lambda model: evaluator.deployed(model, entries).measurement,
+            budget=budget,
+            options=options,
+            folder=folder,
+            resume=resume,
+            watch=watch,
+        )
+        return evaluator.deployed(network, entries), found
 
     def _deployed(self, candidate: Candidate) -> dict[str, float | int | str | None]:
         """Figures of the candidate's file in its runtime, after the parity gate; none without a file."""
@@ -219,7 +278,7 @@ class Result:
 
     candidate: the network, really smaller and in eval mode, its file, and its measurement on the search split.
     reference: the uncompressed network's measurement. test_metric, reference_test_metric: on the test split, read once.
-    deployed: figures of the file in its runtime; empty for the packed target.
+    deployed: figures of the file in its runtime; empty for the packed target. recovery: how it was fine-tuned, if so.
     """
 
     session: Session
@@ -230,6 +289,7 @@ class Result:
     trials: int
     entries: Mapping[str, Entry]
     deployed: Mapping[str, float | int | str | None]
+    recovery: Recovered | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -253,12 +313,50 @@ class Result:
             "reference_macs": self.reference.macs,
             "trials": self.trials,
             **self.deployed,
+            **({} if self.recovery is None else self.recovery.figures()),
         }
 
     @property
     def profile(self) -> CompressionProfile:
         metrics = {name: float(value) for name, value in self.figures().items() if isinstance(value, int | float)}
         return self.session.profile(self.entries).with_metrics(metrics)
+
+    def recover(
+        self,
+        train: Iterable[Any],
+        *,
+        epochs: int | None = None,
+        minutes: float | None = None,
+        options: RecoverOptions = STANDARD,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        watch: Watch = lambda done, total, note: None,
+    ) -> Result:
+        """Fine-tune the network, by distillation from the uncompressed one, on exactly the numerics that are deployed;
+        bytes, kernels and the profile stay what they are. The best state on the search split is the result, this one if
+        none is better.
+
+        train: batches as those of `Data`, disjoint from its splits, that can be read anew each epoch; labels are not
+        read. epochs or minutes: how long, 3 epochs unless given. folder: where checkpoints are kept meanwhile; resume:
+        go on from the one that is there.
+
+        Raises RecoveryError, DataError, ParityError; Stopped on Ctrl-C or SIGTERM.
+        """
+        where = None if folder is None else Path(folder)
+        candidate, found = self.session.recover(
+            self.candidate,
+            self.entries,
+            train,
+            budget=training_budget(epochs, minutes),
+            options=options,
+            folder=where,
+            resume=resume,
+            watch=watch,
+        )
+        result = self.session.result(candidate, self.entries, self.trials, found)
+        if where is not None:
+            Checkpoint.remove(where)
+        return result
 
     def export(self, directory: str | Path) -> Path:
         """Write the artefact: ONNX file, packed weights, profile, model card, manifest. Raises ArtefactError."""

@@ -44,12 +44,15 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """`Data` read, checked and held in memory. fingerprint: SHA-256 of the calibration samples."""
+    """`Data` read, checked and held in memory. fingerprint: SHA-256 of the calibration samples. owners: the split of
+    each sample, by its SHA-256.
+    """
 
     calibration: tuple[Batch, ...]
     search: tuple[Batch, ...]
     test: tuple[Batch, ...]
     fingerprint: str
+    owners: Mapping[bytes, str]
 
     @staticmethod
     def read(data: Data) -> Splits:
@@ -60,13 +63,30 @@ class Splits:
         for name, batches in splits.items():
             for digest in (d for batch in batches for d in _digests(batch.inputs)):
                 if seen.setdefault(digest, name) != name:
-                    raise DataError(
-                        f"a sample of the {name} split is in the {seen[digest]} split too; figures would be flattered: "
-                        "make calibration, search and test disjoint"
-                    )
+                    raise _shared(name, seen[digest])
                 if name == "calibration":
                     fingerprint.update(digest)
-        return Splits(splits["calibration"], splits["search"], splits["test"], fingerprint.hexdigest())
+        return Splits(splits["calibration"], splits["search"], splits["test"], fingerprint.hexdigest(), seen)
+
+    def training(self, raw: Any) -> tuple[Batch, str]:
+        """A batch to train on, and its SHA-256. Raises DataError as `read` does, too for a sample that is in a split.
+
+        Targets may be left out.
+        """
+        batch = _batch("training", raw)
+        whole = hashlib.sha256()
+        for digest in _digests(batch.inputs):
+            if digest in self.owners:
+                raise _shared("training", self.owners[digest])
+            whole.update(digest)
+        return Batch(fast_layout(batch.inputs), batch.targets), whole.hexdigest()
+
+
+def _shared(one: str, other: str) -> DataError:
+    return DataError(
+        f"a sample of the {one} split is in the {other} split too; figures would be flattered: "
+        "make calibration, search and test disjoint, and training data disjoint from all of them"
+    )
 
 
 def tensors_of(inputs: Any) -> Iterator[Tensor]:

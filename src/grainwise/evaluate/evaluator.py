@@ -277,12 +277,16 @@ class Evaluator:
 
     def finish(self, entries: Mapping[str, Entry]) -> Candidate:
         """The deployable network and its file; norms and ranges from the calibration split."""
-        model, file = self._deploy(entries)
+        return self.deployed(self._deploy(entries), entries)
+
+    def deployed(self, model: nn.Module, entries: Mapping[str, Entry]) -> Candidate:
+        """A network that `entries` gave and that was deployed, with its file and figures."""
+        file = None if self.marked is None else self.marked.write(model, self._metadata(entries))
         size = weights_bytes(model) if file is None else file_bytes(file)
         outputs = outputs_of(model, self.splits.search, self.forward)
         return Candidate(model, file, self._judged(outputs, entries, size))
 
-    def _deploy(self, entries: Mapping[str, Entry]) -> tuple[nn.Module, ModelProto | None]:
+    def _deploy(self, entries: Mapping[str, Entry]) -> nn.Module:
         changed = any(entry != UNCOMPRESSED for entry in entries.values())
         calibration = [batch.inputs for batch in self.splits.calibration] if changed else []
         model = channels_last(copy.deepcopy(build(self.library, entries)))
@@ -291,9 +295,9 @@ class Evaluator:
         if skeleton is None or self.marked is None:
             reestimate_norms(model, calibration, self.forward, standards)
             freeze_norms(model)
-            return model, None
-        deploy(model, skeleton, calibration, self.forward, standards)
-        return model, self.marked.write(model, self._metadata(entries))
+        else:
+            deploy(model, skeleton, calibration, self.forward, standards)
+        return model
 
     def _metadata(self, entries: Mapping[str, Entry]) -> dict[str, str]:
         """What the file says of itself: target, and the digest of the profile's layers."""

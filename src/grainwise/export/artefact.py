@@ -154,6 +154,7 @@ def save(
         with _replacing(target) as partial:
             _write(partial, tensors, files, described)
             _sync(partial)
+            read_sealed(partial)  # what is on the disk, before it takes the place of an older one
     except (OSError, SafetensorError) as error:
         size = file_bytes(tensors) + sum(map(len, files.values()))
         raise ArtefactError(
@@ -213,7 +214,7 @@ def load(
     except (AttributeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtefactError(f"{root} does not fit this network ({error}); give the one it was made from") from error
     size = manifest.files[WEIGHTS].bytes
-    return Artefact(rebuilt.eval(), profile, manifest, size, skeleton_forward if manifest.deployment else forward)
+    return Artefact(rebuilt.eval().requires_grad_(False), profile, manifest, size, skeleton_forward if manifest.deployment else forward)
 
 
 def check_runtime(name: str) -> None:

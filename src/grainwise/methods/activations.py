@@ -1,6 +1,12 @@
-"""Activations in 8 bits: with a range that was found beforehand, or with that of the values at hand."""
+"""Activations in 8 bits: with a range that was found beforehand, or with that of the values at hand.
+
+All of it can be trained through: rounding passes gradients on as they are, clipping those of values within the range
+(straight-through, Bengio et al. 2013), so that recovery trains on the very numerics that are deployed.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +15,26 @@ from torch import Tensor, nn
 SAMPLES = 32  # of a batch that an uncalibrated range is taken from
 KEPT = 1 << 18  # values that a calibrated range is chosen on
 SHARES = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the observed range that are tried
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def rounded(x: Tensor) -> Tensor:
+    """`x` rounded to integers, a tie to the even one; its gradient is passed on as it is. Where none is asked for, `x`
+    itself is rounded: pass a value that nobody else reads.
+    """
+    if not x.requires_grad:
+        return x.round_()
+    through: Tensor = _Rounded.apply(x)  # type: ignore[no-untyped-call]
+    return through
 
 
 def affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,8 +48,8 @@ def affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 def dynamic_eight_bit(x: Tensor) -> Tensor:
     """`x` on the 8-bit grid of its own range over the whole tensor, as ONNX's DynamicQuantizeLinear sets it."""
-    scale, zero = affine(*x.aminmax())
-    return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
+    scale, zero = affine(*x.detach().aminmax())
+    return (rounded(x / scale) + zero).clamp(0, 255).sub(zero).mul(scale)
 
 
 class EightBit(nn.Module):
@@ -53,7 +79,7 @@ class EightBit(nn.Module):
         if not self.calibrated:
             return torch.fake_quantize_per_tensor_affine(x, *affine(*x[:SAMPLES].aminmax()), 0, 255)
         # Divided, as the kernel does: fake_quantize multiplies by 1 / scale, and one value in 10^5 rounds differently.
-        codes = (x / self.scale).round_().add_(self.zero).clamp_(0, 255)
+        codes = rounded(x / self.scale).add_(self.zero).clamp_(0, 255)
         return codes.sub_(self.zero).mul_(self.scale)
 
     def observe(self) -> None:
@@ -112,10 +138,10 @@ class _Static:
         rows = self.packed.row_scale()  # type: ignore[attr-defined]
         unit = self.x_scale * rows
         steps = rows.reshape(-1, *(1,) * (x.dim() - 1))
-        levels = (self.weight / steps).round()  # type: ignore[attr-defined]
-        bias = None if self.bias is None else (self.bias / unit).round()  # type: ignore[attr-defined]
-        sums: Tensor = self._conv_forward((x / self.x_scale).round_(), levels, bias)  # type: ignore[attr-defined]
-        return sums.mul_((unit / self.y_scale).reshape(-1, *(1,) * (x.dim() - 2))).round_().mul_(self.y_scale)
+        levels = rounded(self.weight / steps)  # type: ignore[attr-defined]
+        bias = None if self.bias is None else rounded(self.bias / unit)  # type: ignore[attr-defined]
+        sums: Tensor = self._conv_forward(rounded(x / self.x_scale), levels, bias)  # type: ignore[attr-defined]
+        return rounded(sums.mul_((unit / self.y_scale).reshape(-1, *(1,) * (x.dim() - 2)))).mul_(self.y_scale)
 
 
 class StaticConv1d(_Static, nn.Conv1d):
@@ -149,11 +175,11 @@ class EightBitSum(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         ratios = self.scales[:2] / self.scales[2]
-        codes = [(x / scale).round_() + zero for x, scale, zero in zip((a, b), self.scales, self.zeros, strict=False)]
+        codes = [rounded(x / scale) + zero for x, scale, zero in zip((a, b), self.scales, self.zeros, strict=False)]
         # Products of two float32 are exact in float64, so that each step rounds once, like the kernel's fma.
         centre = (ratios[0].double() * self.zeros[0] + ratios[1] * self.zeros[1]).float()
         offset = self.zeros[2] - centre
         inner = (codes[1].double() * ratios[1] + offset).float()
-        total = (codes[0].double() * ratios[0] + inner).float().round_()
-        rounded: Tensor = (total - self.zeros[2]) * self.scales[2]
-        return rounded
+        total = rounded((codes[0].double() * ratios[0] + inner).float())
+        summed: Tensor = (total - self.zeros[2]) * self.scales[2]
+        return summed

@@ -1,4 +1,4 @@
-"""Live progress of a search: stage, ETA, best so far, evaluations per second."""
+"""Live progress of a search or a recovery: stage, ETA, best so far, evaluations per second."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ STAGES = {
     "latency": "timing kernels",
     "sensitivity": "scoring choices",
     "search": "searching",
+    "recover": "recovering",
     "finish": "finishing",
     "accuracy": "running the test split",
 }
@@ -67,6 +68,11 @@ class LiveProgress:
     def progress(self, done: int, total: int) -> None:
         assert self._task is not None
         self._progress.update(self._task, completed=done, total=total)
+
+    def step(self, done: int, total: int, note: str) -> None:
+        """total: 0 while it is not known."""
+        assert self._task is not None
+        self._progress.update(self._task, completed=done, total=total or None, note=note)
 
     def trial(self, trial: Trial, leader: Trial | None) -> None:
         assert self._task is not None
