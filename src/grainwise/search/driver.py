@@ -17,7 +17,7 @@ from grainwise.store.studies import Checkpoint, Store
 from grainwise.study.measurement import Failure, Measurement
 from grainwise.study.reward import Reward
 from grainwise.study.trial import Task, Trial
-from grainwise.workers.pool import EvaluatesMany, Evaluate, Inline, Judged, Pool, Stop
+from grainwise.workers.pool import Evaluate, EvaluatesMany, Inline, Judged, Pool, Stop
 
 BATCH = 16
 

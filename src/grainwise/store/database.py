@@ -1,4 +1,4 @@
-"""A database by URL, SQLite or PostgreSQL: connections whose commits are on the disk, and what errors mean for people."""
+"""A database by URL, SQLite or PostgreSQL: its connections, and what its errors mean for people."""
 
 from __future__ import annotations
 
