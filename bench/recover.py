@@ -2,9 +2,9 @@
 
     python -m bench.recover [TASK ...] [--seeds N] [--epochs N]
 
-The start of a task is one search; seeds are of the training data's order and augmentation. Artefacts and checkpoints lie
-in out/bench-recover/, rows in bench/results/recover.json, written as soon as they are made: a run that was cut, or is
-repeated, goes on where it was. `python -m bench.tables` makes the table in docs/recover.md.
+The start of a task is one search; seeds are of the training data's order and augmentation. Artefacts and checkpoints
+lie in out/bench-recover/, rows in bench/results/recover.json, written as soon as they are made: a run that was cut, or
+is repeated, goes on where it was. `python -m bench.tables` makes the table in docs/recover.md.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ def parts(*, calibration: int, search: int, test: int) -> dict[str, tuple[np.nda
 
 
 def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Random flip and a random 32x32 crop of the picture reflected by 4 pixels; images [B, 3, 32, 32]. generator: torch's
-    own unless given.
+    """Random flip and a random 32x32 crop of the picture reflected by 4 pixels; images [B, 3, 32, 32]. generator:
+    torch's own unless given.
     """
     count = len(images)
     flip = torch.rand(count, generator=generator) < 0.5

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -14,8 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from grainwise.cli import app
+from tests.store.test_studies import old_database
 
 NETWORK = ["--model", "tests.networks:tiny", "--data", "tests.networks:tiny_data"]
+ROOT = Path(__file__).parents[1]
 run = CliRunner().invoke
 
 
@@ -146,28 +149,95 @@ def _trials_in(database: Path) -> int:
         return 0
 
 
-def test_ctrl_c_keeps_the_trials_and_says_how_to_go_on(tmp_path: Path) -> None:
-    store = f"sqlite:///{tmp_path / 's.db'}"
-    arguments = ["search", *NETWORK, "--size", "0.3", "--budget", "100000", "--store", store, "--study", "s"]
-    arguments += ["--target", "packed", "--threads", "1"]
+def _started(store: str, budget: str) -> subprocess.Popen[str]:
+    arguments = ["search", *NETWORK, "--size", "0.3", "--budget", budget, "--store", store, "--study", "s"]
+    arguments += ["--target", "packed", "--threads", "1", "--searcher", "random"]
     command = [sys.executable, "-c", "from grainwise.cli import main; main()", *arguments]
-    root = Path(__file__).parents[1]
-    process = subprocess.Popen(
-        command, cwd=root, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
-    )
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+
+
+def _wait_for_trials(process: subprocess.Popen[str], database: Path) -> None:
+    for _ in range(1200):
+        time.sleep(0.05)
+        if _trials_in(database) > 0:
+            return
+        assert process.poll() is None, process.stderr and process.stderr.read()
+    raise AssertionError("no trial within a minute")
+
+
+def test_ctrl_c_finishes_the_trial_and_the_command_that_it_prints_goes_on(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 's.db'}"
+    process = _started(store, "60")
     try:
-        for _ in range(1200):
-            time.sleep(0.1)
-            if _trials_in(tmp_path / "s.db") > 0:
-                break
+        _wait_for_trials(process, tmp_path / "s.db")
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "--resume" in errors
-    assert "every finished trial is kept" in errors
-    assert json.loads(run(app, ["best", "--store", store, "--study", "s", "--json"]).stdout)["trials"] > 0
+    assert "stopping after the running trial; Ctrl-C again stops at once" in errors
+    assert "every finished trial is kept" in errors and "Traceback" not in errors
+    before = json.loads(run(app, ["status", "s", "--store", store, "--json"]).stdout)
+    assert 0 < before["trials"]["done"] < 60
+    command = shlex.split(errors.strip().splitlines()[-1])
+    assert command[:3] == ["grainwise", "resume", "s"]
+    found = run(app, [*command[1:], "--json"])
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["trials"] == 60
+    rows = json.loads(run(app, ["studies", "--store", store, "--json"]).stdout)
+    assert [(row["study"], row["done"] + row["failed"], row["running"]) for row in rows] == [("s", 60, 0)]
+
+
+def test_the_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    """The running trial would take a minute."""
+    arguments = ["search", *NETWORK, "--size", "0.3", "--budget", "9", "--store", f"sqlite:///{tmp_path / 's.db'}"]
+    arguments += ["--metric", "tests.test_cli:slow", "--target", "packed", "--searcher", "random"]
+    command = [sys.executable, "-c", "from grainwise.cli import main; main()", *arguments]
+    environment = {**os.environ, "SLOW": str(tmp_path / "slow")}
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        while not (tmp_path / "slow").exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - start < 20  # on a busy machine; 2 s on a quiet one
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "--metric tests.test_cli:slow" in errors
+
+
+def test_a_store_is_upgraded_recovered_and_shown(tmp_path: Path) -> None:
+    url = old_database(tmp_path / "old.db")
+    refused = run(app, ["status", "tiny", "--store", url])
+    assert refused.exit_code == 1 and f"grainwise db upgrade --store {url}" in refused.stderr
+    assert "with 2 studies" in run(app, ["db", "upgrade", "--store", url]).stdout
+    assert "best: {'trial': 5, 'metric': 0.265625" in run(app, ["status", "tiny", "--store", url]).stdout
+    facts = json.loads(run(app, ["status", "other", "--store", url, "--json"]).stdout)
+    assert facts["failures"] == [{"trial": 1, "stage": "build", "reason": "why"}]
+    assert "tiny" in run(app, ["studies", "--store", url]).stdout
+    new = str(tmp_path / "new.db")
+    told = run(app, ["db", "recover", "--store", url, "--out", new]).stdout
+    assert "2 studies, 8 trials, 2 checkpoints; 0 rows" in told
+    again = run(app, ["db", "recover", "--store", url, "--out", new])
+    assert again.exit_code == 1 and "is there already" in again.stderr
+    resumed = run(app, ["resume", "tiny", *NETWORK, "--store", url])
+    assert resumed.exit_code == 1 and "give --budget" in resumed.stderr
+
+
+def slow(outputs: object, targets: object) -> float:
+    """A metric that takes a minute once the search runs: from its second call on."""
+    marker = Path(os.environ["SLOW"])
+    slow.calls = getattr(slow, "calls", 0) + 1  # type: ignore[attr-defined]
+    if slow.calls > 1:  # type: ignore[attr-defined]
+        marker.touch()
+        time.sleep(60)
+    return 0.5
 
 
 def broken() -> object:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -85,18 +86,33 @@ class SearchOptions:
         reward = self.reward if isinstance(self.reward, str) else getattr(self.reward, "__qualname__", "function")
         return {**asdict(self), "reward": reward, "methods": [str(m) for m in self.methods], "space": str(self.space)}
 
+    @staticmethod
+    def from_json(body: Mapping[str, Any], reward: Reward | None = None) -> SearchOptions:
+        """Inverse of `to_json`. reward: the function, where it is one of the user's own.
+
+        Raises ValueError when such a function is not given.
+        """
+        if reward is None and body["reward"] not in REWARDS:
+            raise ValueError(f"the study was begun with a reward of your own, {body['reward']}: give it again")
+        methods = tuple(Method(method) for method in body["methods"])
+        return SearchOptions(
+            **{**body, "reward": reward or body["reward"], "methods": methods, "space": SpaceKind(body["space"])}
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Observer:
     """What a person wants to see while it runs; every callback may be left out.
 
     stage: a stage begins (`trace`, `latency`, `sensitivity`, `search`, `recover`, `finish`). progress: (done, total) of
-    the stage. trial: (trial, best so far) after each trial. step: (done, total, words) after each step of a recovery.
+    the stage. trial: (trial, best so far) after each trial. stop: asked before each; at True the search ends with
+    `Stopped`. step: (done, total, words) after each step of a recovery.
     """
 
     stage: Callable[[str], None] = field(default=lambda name: None)
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
     trial: Callable[[Trial, Trial | None], None] = field(default=lambda trial, leader: None)
+    stop: Callable[[], bool] = field(default=lambda: False)
     step: Callable[[int, int, str], None] = field(default=lambda done, total, note: None)
 
 
@@ -125,8 +141,8 @@ def compress(
     study, store: where trials are kept as they finish. resume: go on with a study that was cut; the same profiles
         follow as in an uncut search. sharing: what is computed once; with a folder, later searches begin warm.
 
-    Raises TraceError, DataError, MetricError, Unreachable (no profile can meet the constraints), StoreError, or
-    Infeasible (none was found). The model itself is not changed.
+    Raises TraceError, DataError, MetricError, Unreachable (no profile can meet the constraints), StoreError, Stopped
+    (`Observer.stop`), or Infeasible (none was found). The model itself is not changed.
     """
     observer.stage("trace")
     session = Session.prepare(
@@ -156,7 +172,14 @@ def compress(
             return session.sensitivity(observer.progress, table)
 
         sensitivity, aim = open_study(
-            database, study, settings, options, measure, lambda scores: aimed(session, budgets, scores), resume=resume
+            database,
+            study,
+            settings,
+            options,
+            measure,
+            lambda scores: aimed(session, budgets, scores),
+            resume=resume,
+            noted={"budget": str(budget)},
         )
         projection = session.projection(budgets, aim)
         searcher = make_searcher(session, projection, sensitivity, options, limit.evaluations)
@@ -174,7 +197,15 @@ def compress(
             seen.append(trial)
             observer.trial(trial, best(seen, budgets))
 
-        trials = search(searcher=searcher, judge=judge, store=database, study=study, budget=limit, observer=watch)
+        trials = search(
+            searcher=searcher,
+            judge=judge,
+            store=database,
+            study=study,
+            budget=limit,
+            observer=watch,
+            stop=observer.stop,
+        )
     finally:
         database.close()
     observer.stage("finish")
@@ -367,9 +398,11 @@ def open_study(
     aim: Callable[[Sensitivity | None], float],
     *,
     resume: bool,
+    noted: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Sensitivity | None, float]:
     """Create the study, or check that the one to go on with is the same search; returns the scores it starts from and
-    what share of a latency budget it aims at (`aimed`), both kept with it or measured now.
+    what share of a latency budget it aims at (`aimed`), both kept with it or measured now. noted: kept with a new study
+    for people and `grainwise resume`; it may be another one when the study goes on.
     """
     if resume:
         kept = database.settings(study)
@@ -383,7 +416,7 @@ def open_study(
     table = technique(options.searcher).table if options.prior else None
     sensitivity = None if table is None else measure(table)
     share, scores = aim(sensitivity), None if sensitivity is None else sensitivity.to_json()
-    database.create(study, {**settings, "aim": share, "sensitivity": scores})
+    database.create(study, {**settings, **noted, "aim": share, "sensitivity": scores})
     return sensitivity, share
 
 

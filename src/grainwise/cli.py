@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from grainwise.session import Session
+    from grainwise.session import Result, Session
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,12 +54,13 @@ def _factory(path: str, what: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def _plain_errors(resume: str = "", kept: str = "every finished trial is kept") -> Iterator[None]:
+def _plain_errors(resume: Callable[[], str] = str, kept: str = "every finished trial is kept") -> Iterator[None]:
     """Expected errors become one sentence and exit code 1; Ctrl-C tells how to go on and exits with 130."""
     try:
         yield
     except KeyboardInterrupt:
-        _stop(f"stopped; {kept}{resume and f'. Go on with:{chr(10)}  {resume}'}", 130)
+        command = resume()
+        _stop(f"stopped; {kept}{command and f'. Go on with:{chr(10)}  {command}'}", 130)
     except (ValueError, RuntimeError, OSError, TypeError, ImportError) as error:
         _stop(f"error: {error}", 1)
 
@@ -143,26 +145,16 @@ def search(
     seed: int = 0,
     study: StudyOption = "default",
     store: StoreOption = "sqlite:///grainwise.db",
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the study where it was cut")] = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Search the compression of each layer, build the best profile, and write the artefact."""
-    import torch
+    wanted = {"size": size, "macs": macs, "latency": latency, "accuracy_drop": accuracy_drop}
 
-    from grainwise.api import Observer, SearchOptions, compress, missed
-    from grainwise.evaluate.kernels import cache_folder
-    from grainwise.evaluate.sharing import Sharing
-    from grainwise.plan.space import SpaceKind
-    from grainwise.report.progress import LiveProgress
-    from grainwise.report.tables import show_figures
+    def order() -> dict[str, Any]:
+        from grainwise.api import SearchOptions
+        from grainwise.plan.space import SpaceKind
 
-    words = [word for word in sys.argv[1:] if word != "--resume"]
-    with _plain_errors(" ".join(["grainwise", *words, "--resume"])):
-        if threads:
-            torch.set_num_threads(threads)
-        wanted = {"size": size, "macs": macs, "latency": latency, "accuracy_drop": accuracy_drop}
-        constraints = {name: share for name, share in wanted.items() if share is not None}
         options = SearchOptions(
             searcher=searcher,
             algorithm=algorithm,  # type: ignore[arg-type]  # checked by SearchOptions
@@ -172,33 +164,125 @@ def search(
             space=SpaceKind(space),
             seed=seed,
         )
-        network, loaded = _factory(model, "the model")(), _factory(data, "the data")()
+        constraints = {name: share for name, share in wanted.items() if share is not None}
+        return {"constraints": constraints, "target": target, "budget": budget, "options": options, "resume": False}
+
+    own = {"--reward": reward} if ":" in reward else {}
+    _searched(order, study, store, model, data, metric, forward, threads, out, as_json, own)
+
+
+@app.command()
+def resume(
+    study: Annotated[str, typer.Argument(help="name of the study")],
+    model: ModelOption,
+    data: DataOption,
+    budget: Annotated[str | None, typer.Option(help="another one than the search was begun with")] = None,
+    out: Annotated[Path | None, typer.Option(help="directory for the artefact")] = None,
+    metric: MetricOption = "accuracy",
+    forward: ForwardOption = None,
+    reward: Annotated[str | None, typer.Option(help="module:function, when the search was begun with one")] = None,
+    store: StoreOption = "sqlite:///grainwise.db",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on with a search that was cut, to the same profiles; the model and the data are given again, never stored."""
+
+    def order() -> dict[str, Any]:
+        from grainwise.api import SearchOptions
+        from grainwise.store.studies import Store
+
+        kept = Store(store, create=False).settings(study)
+        if budget is None and "budget" not in kept:
+            raise ValueError(f"study {study!r} does not say how long it was to be: give --budget")
+        options = SearchOptions.from_json(kept["options"], _factory(reward, "the reward") if reward else None)
+        settings = {"constraints": kept["constraints"], "target": kept["target"], "budget": budget or kept["budget"]}
+        return {**settings, "options": options, "resume": True}
+
+    own = {name: word for name, word in (("--reward", reward), ("--budget", budget)) if word is not None}
+    _searched(order, study, store, model, data, metric, forward, threads, out, as_json, own)
+
+
+def _searched(
+    order: Callable[[], dict[str, Any]],
+    study: str,
+    store: str,
+    model: str,
+    data: str,
+    metric: str,
+    forward: str | None,
+    threads: int | None,
+    out: Path | None,
+    as_json: bool,
+    own: dict[str, str],
+) -> None:
+    """Run the search that `order` gives the arguments of, show and write its result. own: further words with which it
+    goes on after Ctrl-C.
+    """
+    from grainwise.interrupt import interrupts
+
+    words = {"--model": model, "--data": data, "--store": store, **own}
+    words |= {} if metric == "accuracy" else {"--metric": metric}
+    words |= {"--forward": forward} if forward else {}
+    words |= {"--threads": str(threads)} if threads else {}
+    words |= {"--out": str(out)} if out else {}
+    again = shlex.join(["grainwise", "resume", study, *(part for pair in words.items() for part in pair)])
+    stages: list[str] = []
+    with interrupts() as received, _plain_errors(lambda: again if "search" in stages else _this_command()):
+        import torch
+
+        from grainwise.api import Observer, compress
+        from grainwise.evaluate.kernels import cache_folder
+        from grainwise.evaluate.sharing import Sharing
+        from grainwise.report.progress import LiveProgress
+        from grainwise.search.driver import Stopped
+
+        if threads:
+            torch.set_num_threads(threads)
+        ordered, network, loaded = order(), _factory(model, "the model")(), _factory(data, "the data")()
+        budget = ordered["budget"]
         with LiveProgress(int(budget) if budget.isdigit() else None) as live:
-            result = compress(
-                network,
-                data=loaded,
-                constraints=constraints,
-                target=target,
-                budget=budget,
-                study=study,
-                store=store,
-                resume=resume,
-                options=options,
-                observer=Observer(live.stage, live.progress, live.trial),
-                sharing=Sharing(folder=cache_folder() / "variants"),
-                **_hooks(metric, forward),
-            )
-        if out is not None:
-            result.export(out)
-        complaint = missed(result, constraints)
-        if as_json:
-            _print_json({**result.figures(), "missed": complaint, "profile": json.loads(result.profile.to_json())})
-        else:
-            show_figures(result.figures(), Console())
-            if out is not None:
-                typer.echo(f"artefact: {out}")
-            if complaint:
-                typer.echo(f"constraint missed: {complaint}")
+
+            def stage(name: str) -> None:
+                stages.append(name)
+                received.searching = name == "search"
+                live.stage(name)
+
+            try:
+                result = compress(
+                    network,
+                    data=loaded,
+                    study=study,
+                    store=store,
+                    observer=Observer(stage, live.progress, live.trial, received.stop),
+                    sharing=Sharing(folder=cache_folder() / "variants"),
+                    **ordered,
+                    **_hooks(metric, forward),
+                )
+            except Stopped as stopped:
+                raise KeyboardInterrupt from stopped
+        _show(result, ordered["constraints"], out, as_json)
+
+
+def _show(result: Result, constraints: dict[str, float], out: Path | None, as_json: bool) -> None:
+    """Write the artefact; show the figures and, if so, which constraint is missed."""
+    from grainwise.api import missed
+    from grainwise.report.tables import show_figures
+
+    if out is not None:
+        result.export(out)
+    complaint = missed(result, constraints)
+    if as_json:
+        _print_json({**result.figures(), "missed": complaint, "profile": json.loads(result.profile.to_json())})
+        return
+    show_figures(result.figures(), Console())
+    if out is not None:
+        typer.echo(f"artefact: {out}")
+    if complaint:
+        typer.echo(f"constraint missed: {complaint}")
+
+
+def _this_command() -> str:
+    return shlex.join(["grainwise", *sys.argv[1:]])
 
 
 @app.command()
@@ -229,7 +313,7 @@ def compare(
     from grainwise.report.plot import plot as draw
     from grainwise.report.progress import LiveProgress
 
-    with _plain_errors(" ".join(["grainwise", *sys.argv[1:]])):
+    with _plain_errors(_this_command):
         from dataclasses import replace
 
         from grainwise.api import Observer
@@ -383,8 +467,8 @@ def recover(
     from grainwise.report.progress import LiveProgress
     from grainwise.report.tables import show_figures
 
-    words = " ".join(["grainwise", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
-    with _plain_errors(words, "the artefact is unchanged and a checkpoint is kept beside it"):
+    again = shlex.join(["grainwise", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+    with _plain_errors(lambda: again, "the artefact is unchanged and a checkpoint is kept beside it"):
         import torch
 
         from grainwise.api import Observer, recover_artefact
@@ -447,6 +531,62 @@ def bench(
         _note(f"timing {len(rows)} files in turn for {seconds:g} s")
         facts = contest.standings(rows, sample, threads=threads, seconds=seconds)
         _print_json(facts) if as_json else show_contest(facts, Console())
+
+
+@app.command()
+def studies(store: StoreOption = "sqlite:///grainwise.db", as_json: JsonOption = False) -> None:
+    """List the studies of a store, with their trials by state."""
+    from grainwise.report import studies as report
+    from grainwise.store.studies import Store
+
+    with _plain_errors():
+        rows = report.studies(Store(store, create=False))
+        _print_json(rows) if as_json else report.show_studies(rows, Console())
+
+
+@app.command()
+def status(
+    study: Annotated[str, typer.Argument(help="name of the study")],
+    store: StoreOption = "sqlite:///grainwise.db",
+    as_json: JsonOption = False,
+) -> None:
+    """Show how far a study is: trials by state, the best one, failures with reasons, what runs where."""
+    from grainwise.report import studies as report
+    from grainwise.store.studies import Store
+
+    with _plain_errors():
+        facts = report.status(Store(store, create=False), study)
+        _print_json(facts) if as_json else report.show_status(facts, Console())
+
+
+store_app = typer.Typer(no_args_is_help=True, help="Look after the database of a store.")
+app.add_typer(store_app, name="db")
+
+
+@store_app.command("upgrade")
+def upgrade_store(store: StoreOption = "sqlite:///grainwise.db") -> None:
+    """Take the database of an older grainwise to this version; there is no way back."""
+    from grainwise.store.studies import Store
+
+    with _plain_errors():
+        opened = Store(store, create=False, upgrade=True)
+        typer.echo(f"{opened.url} is of this version, with {len(opened.studies())} studies")
+
+
+@store_app.command("recover")
+def recover_store(
+    out: Annotated[str, typer.Option(help="path of the new database")],
+    store: StoreOption = "sqlite:///grainwise.db",
+) -> None:
+    """Copy what is as it was written from a damaged database into a new one."""
+    from grainwise.store.recovery import recover
+
+    with _plain_errors():
+        found = recover(store, f"sqlite:///{out}")
+        typer.echo(
+            f"{out}: {found.studies} studies, {found.trials} trials, {found.checkpoints} checkpoints; "
+            f"{found.refused} rows were not as they were written and are left out"
+        )
 
 
 def main() -> None:

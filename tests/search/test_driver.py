@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +12,15 @@ import pytest
 from grainwise.plan.choices import Entry
 from grainwise.plan.projection import Projection
 from grainwise.search.baselines import RandomSearcher
-from grainwise.search.driver import Budget, Evaluate, Judge, Known, search
+from grainwise.search.driver import Budget, Judge, Stopped, search
 from grainwise.search.rl import ControllerSearcher
 from grainwise.search.searcher import Searcher
 from grainwise.session import Session
-from grainwise.store.studies import Store
+from grainwise.store.studies import Store, StoreError
 from grainwise.study.measurement import Failure, Measurement, Outcome
 from grainwise.study.reward import HardBudget
-from grainwise.study.trial import Trial
+from grainwise.study.trial import State, Task, Trial
+from grainwise.workers.pool import Evaluate, Judged, Known
 
 BUDGETS = {"size": 8000.0}
 
@@ -173,7 +177,8 @@ def test_a_failure_is_a_trial_and_the_search_goes_on(session: Session, store: St
 def test_prefix_rewards_end_at_the_reward(session: Session) -> None:
     judge = replace(_judge(session), per_layer=True)
     (proposal,) = _searcher(session, "random").ask(1)
-    trial = judge(0, proposal)
+    judged = Judged(0, _evaluate(session, proposal.entries), "host:1", 0.0, 0.0)
+    trial = judge(Task(0, proposal.entries, proposal.source, 0), judged)
     assert len(trial.prefix_rewards) == len(session.space.layers)
     assert trial.prefix_rewards[-1] == trial.reward
 
@@ -198,3 +203,78 @@ def test_a_time_budget_ends_the_search(session: Session, store: Store) -> None:
         batch=2,
     )
     assert trials
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_is_a_failed_trial(session: Session, store: Store, reward: float) -> None:
+    store.create("s", {})
+    judge = replace(_judge(session), reward=lambda c, r, e: reward if c.size_bytes % 2 else 0.5)
+    trials = search(
+        searcher=_searcher(session, "rl"),
+        judge=judge,
+        store=store,
+        study="s",
+        budget=Budget(evaluations=24),
+        observer=lambda trial: None,
+        batch=8,
+    )
+    failed = [t for t in trials if t.reward is None]
+    assert 0 < len(failed) < 24
+    assert all(t.outcome == Failure("reward", f"the reward is {reward}") for t in failed)
+    assert store.trials("s") == trials
+
+
+@pytest.mark.parametrize("after", [3, 7, 15, 16])
+def test_a_search_that_is_asked_to_stop_ends_after_the_running_trial(
+    session: Session, store: Store, after: int
+) -> None:
+    store.create("whole", {})
+    store.create("s", {})
+    whole = _run(session, store, "whole", "random")
+    seen: list[Trial] = []
+    with pytest.raises(Stopped, match=f"stopped after {after} trials"):
+        search(
+            searcher=_searcher(session, "random"),
+            judge=_judge(session),
+            store=store,
+            study="s",
+            budget=Budget(evaluations=22),
+            observer=seen.append,
+            batch=8,
+            stop=lambda: len(seen) == after,
+        )
+    assert len(store.trials("s")) == after
+    resumed = _run(session, store, "s", "random")
+    assert [t.entries for t in resumed] == [t.entries for t in whole]
+
+
+def test_trials_say_who_made_them_when_and_by_which_policy(session: Session, store: Store) -> None:
+    store.create("s", {})
+    before = time.time()
+    states: list[dict[State, int]] = []
+
+    class Watching(Backwards):
+        def __call__(self, entries: Mapping[str, Entry]) -> Outcome:
+            states.append(dict(store.study("s").counts))
+            return super().__call__(entries)
+
+    trials = _run(session, store, "s", "random", evaluate=Watching(session))
+    assert states[0] == {State.RUNNING: 8}
+    assert states[9] == {State.DONE: 9, State.RUNNING: 7}
+    assert [t.policy for t in trials] == [0] * 8 + [8] * 8 + [16] * 6
+    assert {t.worker for t in trials} == {f"{socket.gethostname()}:{os.getpid()}"}
+    assert all(before <= (t.started or 0) <= time.time() for t in trials)
+
+
+def test_a_second_process_on_the_same_study_is_refused(session: Session, store: Store) -> None:
+    store.create("s", {})
+
+    class Overtaken(Backwards):
+        def __call__(self, entries: Mapping[str, Entry]) -> Outcome:
+            if self.judged == 3:  # trials 7, 6 and 5 are stored; another process resumes the study
+                store.queue("s", [Task(4, entries, "random", 0)])
+            return super().__call__(entries)
+
+    with pytest.raises(StoreError, match="another process searches this study"):
+        _run(session, store, "s", "random", evaluate=Overtaken(session))
+    assert [t.number for t in store.trials("s")] == [5, 6, 7]

@@ -72,7 +72,7 @@ def targets_of(batches: Sequence[Batch]) -> Tensor:
 
 
 # What a candidate that does not fit its network raises, from torch, from our checks, or from the user's own code.
-BUILD_ERRORS = (RuntimeError, ValueError, FloatingPointError, AttributeError, TypeError, IndexError)
+BUILD_ERRORS = (RuntimeError, ValueError, FloatingPointError, AttributeError, TypeError, IndexError, MemoryError)
 
 
 _SOURCES = ("plan", "graph", "methods", "realise", "export", "evaluate")
@@ -167,7 +167,7 @@ class Evaluator:
             try:
                 waiting[number] = self._built(entries)
             except BUILD_ERRORS as error:
-                yield number, Failure("build", str(error).splitlines()[0])
+                yield number, Failure("build", _in_words(error))
         numbers = list(waiting)
         if self.prefixes is not None:
             numbers = [numbers[place] for place in self.prefixes.schedule([b.model for b in waiting.values()])]
@@ -175,7 +175,7 @@ class Evaluator:
             try:
                 outcome: Outcome = self._ranked(waiting.pop(number), profiles[number])
             except BUILD_ERRORS as error:
-                outcome = Failure("evaluate", str(error).splitlines()[0])
+                outcome = Failure("evaluate", _in_words(error))
             yield number, outcome
 
     def key(self, entries: Mapping[str, Entry]) -> str:
@@ -309,6 +309,10 @@ class Evaluator:
         """The metric on the test split: for final models only."""
         outputs = outputs_of(model, self.splits.test, forward)
         return checked(self.scoring.metric, outputs, targets_of(self.splits.test))
+
+
+def _in_words(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def other_tensors(model: nn.Module, layers: Sequence[str]) -> dict[str, tuple[int, ...]]:

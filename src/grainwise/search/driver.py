@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from grainwise.plan.choices import NONE, UNCOMPRESSED, Entry
 from grainwise.plan.layers import LayerGraph
-from grainwise.search.searcher import Proposal, Searcher
+from grainwise.search.searcher import Searcher
 from grainwise.store.studies import Checkpoint, Store
-from grainwise.study.measurement import Failure, Measurement, Outcome
+from grainwise.study.measurement import Failure, Measurement
 from grainwise.study.reward import Reward
-from grainwise.study.trial import Trial
+from grainwise.study.trial import Task, Trial
+from grainwise.workers.pool import Evaluate, EvaluatesMany, Inline, Judged, Pool, Stop
 
 BATCH = 16
 
-Evaluate = Callable[[Mapping[str, Entry]], Outcome]
 Observer = Callable[[Trial], None]
 """Called after each trial is stored."""
 
-Known = Callable[[str], Measurement | None]
-"""(key) -> the measurement that was stored under it, if there is one."""
 
-
-@runtime_checkable
-class EvaluatesMany(Protocol):
-    """An `Evaluate` that shares work between the profiles of a batch."""
-
-    def __call__(self, entries: Mapping[str, Entry]) -> Outcome: ...
-
-    def many(self, profiles: Sequence[Mapping[str, Entry]], known: Known) -> Iterable[tuple[int, Outcome]]:
-        """(number in `profiles`, outcome), each before the next profile runs, in an order of its own choice."""
-        ...
-
-    def key(self, entries: Mapping[str, Entry]) -> str:
-        """Under which the measurement is stored for other studies; empty for one that is not to be."""
-        ...
+class Stopped(RuntimeError):
+    """The search was asked to stop before it had spent its budget; every finished trial is in the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,31 +65,28 @@ class Judge:
     graph: LayerGraph
     per_layer: bool = False
 
-    def __call__(self, number: int, proposal: Proposal) -> Trial:
-        start = time.monotonic()
-        return self._trial(number, proposal, self.evaluate(proposal.entries), start)
-
-    def many(self, asked: Mapping[int, Proposal], known: Known) -> Iterator[Trial]:
-        """A trial of each proposal, by number, as soon as it is judged; the next begins when it was taken."""
-        if not isinstance(self.evaluate, EvaluatesMany):
-            yield from (self(number, proposal) for number, proposal in asked.items())
-            return
-        numbers = list(asked)
-        outcomes = iter(self.evaluate.many([asked[number].entries for number in numbers], known))
-        while True:
-            start = time.monotonic()
-            if (found := next(outcomes, None)) is None:
-                return
-            yield self._trial(numbers[found[0]], asked[numbers[found[0]]], found[1], start)
+    def __call__(self, task: Task, judged: Judged) -> Trial:
+        start, outcome, reward = time.monotonic(), judged.outcome, None
+        if not isinstance(outcome, Failure):
+            reward = self.reward(outcome, self.reference, task.entries)
+            if not math.isfinite(reward):
+                outcome, reward = Failure("reward", f"the reward is {reward}"), None
+        prefix = self._prefix_rewards(task.entries, reward) if self.per_layer and reward is not None else ()
+        return Trial(
+            number=task.number,
+            entries=dict(task.entries),
+            outcome=outcome,
+            reward=reward,
+            source=task.source,
+            seconds=judged.seconds + time.monotonic() - start,
+            prefix_rewards=prefix,
+            policy=task.policy,
+            worker=judged.worker,
+            started=judged.started,
+        )
 
     def key(self, entries: Mapping[str, Entry]) -> str:
         return self.evaluate.key(entries) if isinstance(self.evaluate, EvaluatesMany) else ""
-
-    def _trial(self, number: int, proposal: Proposal, outcome: Outcome, start: float) -> Trial:
-        reward = None if isinstance(outcome, Failure) else self.reward(outcome, self.reference, proposal.entries)
-        prefix = self._prefix_rewards(proposal.entries, reward) if self.per_layer and reward is not None else ()
-        seconds = time.monotonic() - start
-        return Trial(number, dict(proposal.entries), outcome, reward, proposal.source, seconds, prefix)
 
     def _prefix_rewards(self, entries: Mapping[str, Entry], final: float) -> tuple[float, ...]:
         """For each layer the reward of the profile that stops after it; a failed prefix repeats the one before."""
@@ -115,7 +98,8 @@ class Judge:
             if entry != UNCOMPRESSED:
                 prefix[layer.name] = entry
                 outcome = self.evaluate(prefix)
-                last = last if isinstance(outcome, Failure) else self.reward(outcome, self.reference, prefix)
+                found = last if isinstance(outcome, Failure) else self.reward(outcome, self.reference, prefix)
+                last = found if math.isfinite(found) else last
             rewards.append(last)
         return (*rewards[:-1], final)
 
@@ -129,38 +113,60 @@ def search(
     budget: Budget,
     observer: Observer,
     batch: int = BATCH,
+    pool: Pool | None = None,
+    stop: Stop = lambda: False,
 ) -> tuple[Trial, ...]:
     """Run until the budget is spent; returns all trials of the study.
 
-    Each trial is stored before the next begins, and the searcher's state after each batch, so a search that was cut
-    anywhere goes on with the same profiles as an uncut one: the batch that was under way is asked for again and what
-    is in the store of it is not evaluated again. Trials are numbered as asked; within a batch they may be judged in
-    another order, which changes nothing, since an outcome depends on its profile alone.
+    Each trial is stored before its worker begins the next, and the searcher's state after each batch, so a search that
+    was cut anywhere goes on with the same profiles as an uncut one: the batch that was under way is asked for again and
+    what is in the store of it is not evaluated again. Trials are numbered as asked; within a batch they may be judged
+    in another order, which changes nothing, since an outcome depends on its profile alone.
+
+    pool: where profiles are evaluated; this process when there is none. Raises Stopped when `stop` says so, after the
+    trials that had begun.
     """
     stored = {trial.number: trial for trial in store.trials(study)}
     told = _restore(searcher, store, study)
+    pool = pool or Inline(judge.evaluate)
     start = time.monotonic()
 
     def spent() -> bool:
         late = budget.seconds is not None and time.monotonic() - start >= budget.seconds
         return late or (budget.evaluations is not None and told >= budget.evaluations)
 
+    def begun(numbers: Sequence[int], worker: str) -> None:
+        store.start(study, numbers, worker, time.time())
+
     while not spent():
+        if stop():
+            raise Stopped(f"study {study!r} was stopped after {len(stored)} trials")
         count = batch if budget.evaluations is None else min(batch, budget.evaluations - told)
-        asked = dict(enumerate(searcher.ask(count), told))
-        for number in asked.keys() & stored.keys():
-            if _plain(stored[number].entries) != _plain(asked[number].entries):
-                raise RuntimeError(f"trial {number} of study {study!r} was another profile; the code has changed since")
-        new = {number: proposal for number, proposal in asked.items() if number not in stored}
-        for trial in judge.many(new, store.measurement):
-            stored[trial.number] = trial
+        proposals = enumerate(searcher.ask(count), told)
+        tasks = {number: Task(number, p.entries, p.source, told) for number, p in proposals}
+        new = {number: task.entries for number, task in tasks.items() if not _known(study, task, stored)}
+        store.queue(study, [tasks[number] for number in new])
+        for judged in pool.run(new, store.measurement, begun, stop):
+            trial = judge(tasks[judged.number], judged)
             store.add(study, trial, key=judge.key(trial.entries))
+            stored[trial.number] = trial
             observer(trial)
-        searcher.tell([stored[number] for number in asked])
-        told += len(asked)
-        tensors, body = searcher.state()
-        store.save_checkpoint(study, Checkpoint(told, body, save_tensors(tensors)))
+        if tasks.keys() <= stored.keys():  # else it was stopped
+            # A stored profile names compressed layers only, a searcher knows all.
+            searcher.tell([replace(stored[number], entries=task.entries) for number, task in tasks.items()])
+            told += len(tasks)
+            tensors, body = searcher.state()
+            store.save_checkpoint(study, Checkpoint(told, body, save_tensors(tensors)))
     return tuple(stored[number] for number in sorted(stored))
+
+
+def _known(study: str, task: Task, stored: Mapping[int, Trial]) -> bool:
+    """Whether a trial is in the store. Raises RuntimeError when it is there with another profile."""
+    if task.number not in stored:
+        return False
+    if _plain(stored[task.number].entries) != _plain(task.entries):
+        raise RuntimeError(f"trial {task.number} of study {study!r} was another profile; the code has changed since")
+    return True
 
 
 def _plain(entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -3,71 +3,37 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import JSON, Float, ForeignKey, Integer, LargeBinary, String, UniqueConstraint, create_engine, event
-from sqlalchemy.exc import DatabaseError, SQLAlchemyError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import CursorResult, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
-from grainwise.plan.profile import entries_from_json, entries_to_json
-from grainwise.study.measurement import Failure, Measurement
-from grainwise.study.trial import Trial
+from grainwise.store.database import (
+    StoreError,
+    advice,
+    alone,
+    connect,
+    damage,
+    named,
+    path_of,
+    recovery,
+    writing,
+)
+from grainwise.store.migrations import HEAD, STEPS, ForeignDatabase, migrate, step_of
+from grainwise.store.schema import CheckpointRow, MeasurementRow, Sealed, StudyRow, TrialRow, finished, queued
+from grainwise.study.measurement import Measurement
+from grainwise.study.trial import State, Task, Trial
 
-SCHEMA_VERSION = 1
+__all__ = ["Checkpoint", "Store", "StoreError", "Study", "UnderWay"]
 
-
-class StoreError(RuntimeError):
-    """The store cannot be used; the message names its URL, what is wrong and what to do."""
-
-
-class _Base(DeclarativeBase):
-    type_annotation_map = {dict[str, Any]: JSON}  # noqa: RUF012  (SQLAlchemy's own declaration)
-
-
-class _SchemaRow(_Base):
-    __tablename__ = "grainwise_schema"
-    version: Mapped[int] = mapped_column(Integer, primary_key=True)
-
-
-class _StudyRow(_Base):
-    __tablename__ = "studies"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(String(200), unique=True)
-    settings: Mapped[dict[str, Any]]
-    created: Mapped[str] = mapped_column(String(40))
-
-
-class _TrialRow(_Base):
-    __tablename__ = "trials"
-    __table_args__ = (UniqueConstraint("study", "number"),)
-    id: Mapped[int] = mapped_column(primary_key=True)
-    study: Mapped[int] = mapped_column(ForeignKey("studies.id"), index=True)
-    number: Mapped[int]
-    entries: Mapped[dict[str, Any]]
-    outcome: Mapped[dict[str, Any]]
-    reward: Mapped[float | None] = mapped_column(Float)
-    source: Mapped[str] = mapped_column(String(40))
-    seconds: Mapped[float] = mapped_column(Float)
-
-
-class _MeasurementRow(_Base):
-    """Added after version 1 was released: databases of that version get the empty table when they are opened."""
-
-    __tablename__ = "measurements"
-    key: Mapped[str] = mapped_column(String(64), primary_key=True)
-    body: Mapped[dict[str, Any]]
-
-
-class _CheckpointRow(_Base):
-    __tablename__ = "checkpoints"
-    study: Mapped[int] = mapped_column(ForeignKey("studies.id"), primary_key=True)
-    trials: Mapped[int]
-    body: Mapped[dict[str, Any]]
-    tensors: Mapped[bytes] = mapped_column(LargeBinary)
+_UNFINISHED = (State.PENDING, State.RUNNING)
+_IN_HAND = (TrialRow.state, TrialRow.worker, TrialRow.entries)
+_Row = TypeVar("_Row", bound=Sealed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,138 +45,224 @@ class Checkpoint:
     tensors: bytes
 
 
-def _outcome_to_json(trial: Trial) -> dict[str, Any]:
-    if isinstance(trial.outcome, Failure):
-        return {"failed": trial.outcome.stage, "reason": trial.outcome.reason}
-    return {**trial.outcome.to_json(), "prefix_rewards": list(trial.prefix_rewards)}
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """A trial in a worker's hands. started: seconds since 1970 by that machine's clock."""
+
+    number: int
+    worker: str
+    started: float
 
 
-def _trial(row: _TrialRow) -> Trial:
-    body = dict(row.outcome)
-    prefix = tuple(body.pop("prefix_rewards", ()))
-    outcome = Failure(body["failed"], body["reason"]) if "failed" in body else Measurement(**body)
-    return Trial(row.number, entries_from_json(row.entries), outcome, row.reward, row.source, row.seconds, prefix)
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What a study is without its profiles. created: ISO 8601, UTC. counts: trials by state; running: in hands."""
+
+    name: str
+    created: str
+    counts: Mapping[State, int]
+    running: tuple[UnderWay, ...]
 
 
 class Store:
-    """One database of studies, by SQLAlchemy URL (`sqlite:///grainwise.db`).
+    """One database of studies, by SQLAlchemy URL: `sqlite:///grainwise.db`, or `postgresql://user@host/database`.
 
-    Each write is one transaction that is on the disk when the call returns. create: make the database if there is none.
-    Raises StoreError when the database cannot be opened, is of another schema, or is damaged.
+    Each write is one transaction that is on the disk when the call returns; several processes may use one store, a
+    study is searched by one at a time. create: make the database if there is none. upgrade: take one of an older
+    version to the present one; without it, it is refused.
+
+    Raises StoreError when the database cannot be opened, is of another version, or is damaged.
     """
 
-    def __init__(self, url: str, *, create: bool = True) -> None:
-        self.url = url
+    def __init__(self, url: str, *, create: bool = True, upgrade: bool = False) -> None:
+        self._engine = connect(url)
+        self.url = named(self._engine.url)
         try:
-            self._engine = create_engine(url)
-            if (
-                not create
-                and self._engine.dialect.name == "sqlite"
-                and not Path(str(self._engine.url.database)).exists()
-            ):
-                raise StoreError(f"there is no store {url}; give the URL that the search was begun with")
-            if self._engine.dialect.name == "sqlite":
-                event.listen(self._engine, "connect", _durable)
-            _Base.metadata.create_all(self._engine)
-            with self._session() as session:
-                version = session.get(_SchemaRow, SCHEMA_VERSION)
-                if version is None and session.query(_SchemaRow).count():
-                    raise StoreError(f"the store {url} was written by another version of grainwise; use that version")
-                if version is None:
-                    session.add(_SchemaRow(version=SCHEMA_VERSION))
-        except SQLAlchemyError as error:
-            raise StoreError(f"the store {url} cannot be opened: {_first_line(error)}") from error
+            self._open(create, upgrade)
+        except StoreError:
+            self.close()
+            raise
+        except ForeignDatabase as error:
+            raise StoreError(f"the store {self.url} is none of grainwise's: {error}; give another URL") from error
+        except (SQLAlchemyError, ValueError, TypeError, KeyError) as error:
+            raise StoreError(f"the store {self.url} cannot be opened: {advice(error, self._engine.url)}") from error
+
+    def _open(self, create: bool, upgrade: bool) -> None:
+        file = path_of(self._engine.url)
+        if not create and file is not None and not file.exists():
+            raise StoreError(f"there is no store {self.url}; give the URL that the search was begun with")
+        with self._engine.begin() as connection:
+            found = step_of(connection)
+            if found is not None and (fault := damage(connection)):
+                raise self._damaged(fault)
+        if found is None and not create:
+            raise StoreError(f"the store {self.url} holds no studies; give the URL that the search was begun with")
+        if found is None or (found in STEPS[:-1] and upgrade):
+            with writing(self._engine).begin() as connection:
+                alone(connection)
+                if step_of(connection) == found:  # else another process has done it meanwhile
+                    migrate(connection)
+        elif found in STEPS[:-1]:
+            raise StoreError(
+                f"the store {self.url} was written by an older grainwise (its tables are at step {found}, these are at "
+                f"{HEAD}); take it to this version with: grainwise db upgrade --store {self.url}"
+            )
+        elif found != HEAD:
+            raise StoreError(
+                f"the store {self.url} was written by a newer version of grainwise (its tables are at step {found}, "
+                f"this one knows {HEAD}): use that version, there is no way back"
+            )
 
     def close(self) -> None:
         self._engine.dispose()
 
     @contextmanager
-    def _session(self) -> Iterator[Session]:
+    def _session(self, *, write: bool = False) -> Iterator[Session]:
+        """One transaction; whatever cannot be read or written is a StoreError."""
         try:
-            with Session(self._engine) as session, session.begin():
+            with Session(writing(self._engine) if write else self._engine) as session, session.begin():
                 yield session
-        except DatabaseError as error:
-            raise StoreError(f"the store {self.url} could not be read or written: {_first_line(error)}") from error
+        except SQLAlchemyError as error:
+            reason = advice(error, self._engine.url)
+            raise StoreError(f"the store {self.url} could not be read or written: {reason}") from error
+        except (ValueError, TypeError, KeyError) as error:  # a column that is not what its table says
+            raise self._damaged(str(error).splitlines()[0]) from error
+
+    def _damaged(self, fault: str) -> StoreError:
+        return StoreError(f"the store {self.url} is damaged ({fault}); {recovery(self._engine.url)}")
+
+    def _checked(self, row: _Row) -> _Row:
+        """The row, as it was written."""
+        if row.seal != row.sealed():
+            raise self._damaged(f"a row of {row.__tablename__} is not as it was written")
+        return row
 
     def studies(self) -> tuple[str, ...]:
         with self._session() as session:
-            return tuple(row.name for row in session.query(_StudyRow).order_by(_StudyRow.id))
+            return tuple(session.scalars(select(StudyRow.name).order_by(StudyRow.id)))
 
-    def create(self, name: str, settings: dict[str, Any]) -> None:
+    def create(self, name: str, settings: Mapping[str, Any]) -> None:
         """Raises StoreError when the study exists."""
-        with self._session() as session:
-            if session.query(_StudyRow).filter_by(name=name).count():
+        with self._session(write=True) as session:
+            if session.scalar(select(StudyRow.id).filter_by(name=name)) is not None:
                 raise StoreError(f"the store {self.url} has a study {name!r} already; resume it or give another name")
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            session.add(_StudyRow(name=name, settings=settings, created=now))
+            row = StudyRow(name=name, settings=dict(settings), created=now)
+            row.seal = row.sealed()
+            session.add(row)
 
     def settings(self, name: str) -> dict[str, Any]:
         with self._session() as session:
             return dict(self._study(session, name).settings)
 
-    def add(self, name: str, trial: Trial, *, key: str = "") -> None:
-        """key: under which the trial's measurement serves other studies too, if any."""
+    def study(self, name: str) -> Study:
+        """How far a study is, without reading its profiles."""
         with self._session() as session:
-            if key and trial.measurement is not None:
-                session.merge(_MeasurementRow(key=key, body=trial.measurement.to_json()))
-            session.add(
-                _TrialRow(
-                    study=self._study(session, name).id,
-                    number=trial.number,
-                    entries=entries_to_json(trial.entries),
-                    outcome=_outcome_to_json(trial),
-                    reward=trial.reward,
-                    source=trial.source,
-                    seconds=trial.seconds,
-                )
+            row = self._study(session, name)
+            counted = select(TrialRow.state, func.count()).filter_by(study=row.id).group_by(TrialRow.state)
+            counts = Counter({State(state): count for state, count in session.execute(counted)})
+            columns = select(TrialRow.number, TrialRow.worker, TrialRow.started).order_by(TrialRow.number)
+            running = session.execute(columns.filter_by(study=row.id, state=State.RUNNING))
+            hands = tuple(UnderWay(number, worker or "", started or 0.0) for number, worker, started in running)
+            return Study(row.name, row.created, counts, hands)
+
+    def queue(self, name: str, tasks: Iterable[Task]) -> None:
+        """The trials to be, in place of all that were not finished: another process that still works on one of those
+        will not be able to `add` it.
+        """
+        with self._session(write=True) as session:
+            study = self._id(session, name)
+            session.execute(delete(TrialRow).where(TrialRow.study == study, TrialRow.state.in_(_UNFINISHED)))
+            if rows := [queued(study, task) for task in tasks]:
+                session.execute(insert(TrialRow), rows)
+
+    def start(self, name: str, numbers: Sequence[int], worker: str, started: float) -> None:
+        """Queued trials go into the hands of a worker. Raises StoreError when one is not in the queue (any more)."""
+        with self._session(write=True) as session:
+            waiting = [TrialRow.study == self._id(session, name), TrialRow.number.in_(numbers)]
+            done = session.execute(
+                update(TrialRow)
+                .where(*waiting, TrialRow.state.in_(_UNFINISHED))
+                .values(state=State.RUNNING, worker=worker, started=started)
             )
+            assert isinstance(done, CursorResult)
+            if done.rowcount != len(numbers):
+                raise self._taken(name, numbers)
+
+    def add(self, name: str, trial: Trial, *, key: str = "") -> None:
+        """A finished trial. key: under which the trial's measurement serves other studies too, if any.
+
+        Raises StoreError when the trial is finished already, or was given to another worker since.
+        """
+        with self._session(write=True) as session:
+            study = self._id(session, name)
+            if key and trial.measurement is not None and session.get(MeasurementRow, key) is None:
+                _keep(session, key, trial.measurement)
+            columns, row = finished(study, trial), {"study": study, "number": trial.number}
+            found = session.execute(select(*_IN_HAND).filter_by(**row).with_for_update()).one_or_none()
+            if found is None:
+                session.execute(insert(TrialRow).values(columns))
+            elif found.state in _UNFINISHED and (found.worker, found.entries) == (trial.worker, columns["entries"]):
+                del columns["entries"]  # the most of a row, and there already
+                session.execute(update(TrialRow).filter_by(**row).values(columns))
+            else:
+                raise self._taken(name, [trial.number])
+
+    def _taken(self, name: str, numbers: Sequence[int]) -> StoreError:
+        which = ", ".join(map(str, numbers))
+        return StoreError(
+            f"trial {which} of study {name!r} in the store {self.url} is in other hands or finished: another process "
+            "searches this study; let one do so at a time, then resume"
+        )
 
     def measurement(self, key: str) -> Measurement | None:
         """What `add` was given under the key, in any study."""
         with self._session() as session:
-            row = session.get(_MeasurementRow, key)
-            return None if row is None else Measurement(**row.body)
+            row = session.get(MeasurementRow, key)
+            return None if row is None else Measurement(**self._checked(row).body)
 
     def trials(self, name: str) -> tuple[Trial, ...]:
-        """All trials of a study, by number."""
+        """All finished trials of a study, by number."""
         with self._session() as session:
-            rows: Sequence[_TrialRow] = (
-                session.query(_TrialRow).filter_by(study=self._study(session, name).id).order_by(_TrialRow.number).all()
-            )
-            return tuple(_trial(row) for row in rows)
+            study = self._study(session, name).id
+            ended = select(TrialRow).where(TrialRow.study == study, TrialRow.state.not_in(_UNFINISHED))
+            trials = [self._checked(row).trial() for row in session.scalars(ended.order_by(TrialRow.number))]
+            told = session.scalar(select(CheckpointRow.trials).filter_by(study=study)) or 0
+            if [trial.number for trial in trials[:told]] != list(range(told)):
+                raise self._damaged(f"study {name!r} has lost some of its first {told} trials")
+            return tuple(trials)
 
     def save_checkpoint(self, name: str, checkpoint: Checkpoint) -> None:
-        with self._session() as session:
-            session.merge(
-                _CheckpointRow(
-                    study=self._study(session, name).id,
-                    trials=checkpoint.trials,
-                    body=checkpoint.body,
-                    tensors=checkpoint.tensors,
-                )
+        with self._session(write=True) as session:
+            row = CheckpointRow(
+                study=self._id(session, name),
+                trials=checkpoint.trials,
+                body=checkpoint.body,
+                tensors=checkpoint.tensors,
             )
+            row.seal = row.sealed()
+            session.merge(row)
 
     def checkpoint(self, name: str) -> Checkpoint | None:
         with self._session() as session:
-            row = session.get(_CheckpointRow, self._study(session, name).id)
-            return None if row is None else Checkpoint(row.trials, dict(row.body), row.tensors)
+            row = session.get(CheckpointRow, self._id(session, name))
+            return None if row is None else Checkpoint(self._checked(row).trials, dict(row.body), row.tensors)
 
-    def _study(self, session: Session, name: str) -> _StudyRow:
-        row = session.query(_StudyRow).filter_by(name=name).one_or_none()
-        if row is None:
-            known = ", ".join(repr(r.name) for r in session.query(_StudyRow)) or "none"
+    def _id(self, session: Session, name: str) -> int:
+        """Of a study, without reading its settings."""
+        found = session.scalar(select(StudyRow.id).filter_by(name=name))
+        if found is None:
+            known = ", ".join(map(repr, session.scalars(select(StudyRow.name).order_by(StudyRow.id)))) or "none"
             raise StoreError(f"the store {self.url} has no study {name!r}; it has {known}")
-        return row
+        return found
+
+    def _study(self, session: Session, name: str) -> StudyRow:
+        return self._checked(session.get_one(StudyRow, self._id(session, name)))
 
 
-def _durable(connection: Any, _: Any) -> None:
-    """Write-ahead log, and every commit forced to the disk."""
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.close()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _keep(session: Session, key: str, measurement: Measurement) -> None:
+    """A measurement for other studies; another process may have kept the same one a moment ago."""
+    row = MeasurementRow(key=key, body=measurement.to_json())
+    row.seal = row.sealed()
+    with suppress(IntegrityError), session.begin_nested():
+        session.add(row)

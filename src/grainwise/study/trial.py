@@ -4,16 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from grainwise.plan.choices import Entry
 from grainwise.study.measurement import Failure, Measurement, Outcome
 
 
+class State(StrEnum):
+    """Where a trial stands: asked for, in a worker's hands, measured, or failed for a reason."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A trial to be. policy: how many trials the searcher had been told of when it proposed this one; the checkpoint of
+    as many trials holds the policy that proposed it.
+    """
+
+    number: int
+    entries: Mapping[str, Entry]
+    source: str
+    policy: int
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """number: from 0 in the order of asking. entries: by layer name. reward: None after a failure.
-    source: what proposed it (`controller`, `prior`, `random`, ...). seconds: of evaluation.
+    source: what proposed it (`controller`, `prior`, `random`, ...). seconds: of evaluation, by the monotonic clock.
     prefix_rewards: with per-layer credit, for each layer the reward of the profile cut after it, else empty.
+    policy: as in `Task`. worker: host and process that measured it. started: seconds since 1970 by the wall clock, for
+    people to read. The last three are None in studies of version 0.1.
     """
 
     number: int
@@ -23,6 +47,9 @@ class Trial:
     source: str
     seconds: float
     prefix_rewards: tuple[float, ...] = ()
+    policy: int | None = None
+    worker: str | None = None
+    started: float | None = None
 
     @property
     def measurement(self) -> Measurement | None:
