@@ -15,6 +15,7 @@ from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -142,6 +143,16 @@ def processor_seconds() -> float:
     """Processor time of this process and its ended children: other work on the machine does not count."""
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def allow_torchvision() -> torch.library.Library:
+    """Lets torchvision be imported beside a torch for processors alone: its compiled operators, which no script here
+    runs, do not load there, and it stops at the two that it names on import. Keep what is returned.
+    """
+    operators = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return operators
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -2,8 +2,8 @@
 
     python -m bench.peer_modelopt FOLDER     (in its own environment, by `bench.peers`)
 
-Way: how ModelOpt calibrates the scales of weights, `max` or `mse`. Its own formats of integers are 8 bits, and 4 bits in
-blocks; those asked for here are custom ones with a scale for each output, as its documentation shows.
+Way: how ModelOpt calibrates the scales of weights, `max` or `mse`. Its own formats of integers are 8 bits, and 4 bits
+in blocks; those asked for here are custom ones with a scale for each output, as its documentation shows.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m bench.peers [NAME ...] [--seeds 0] [--evaluations 300]
 
 NAME is one of PEERS or of the searchers OURS. A peer's environment is made on the first run in out/bench-peers. Rows
-that bench/results/peers.json has are not made again, so a run that was cut goes on; `python -m bench.tables` makes the
-table in docs/peers.md.
+that bench/results/peers.json has are not made again, so a run that was cut goes on (delete one to have it made anew);
+`python -m bench.tables` makes the tables in docs/peers.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -79,9 +79,19 @@ _MODELOPT = Peer(
     ("size",),
     "`auto_quantize` chooses number formats alone",
 )
+_PRUNING = Peer("peer_torch_pruning", ("torch-pruning==1.6.1",), ("size", "macs"), way="magnitude")
 PEERS: dict[str, Peer] = {
     "ModelOpt auto_quantize": _MODELOPT,
     "ModelOpt auto_quantize, mse": replace(_MODELOPT, way="mse"),
+    "MCT mixed precision": Peer(
+        "peer_mct",
+        ("model-compression-toolkit==2.6.1", "torchvision==0.28.0"),
+        ("size",),
+        "its mixed precision chooses bits alone",
+    ),
+    "AIMET AMP": Peer("peer_aimet", ("aimet-torch==2.42.0",), ("size",), "AMP chooses bits alone"),
+    "Torch-Pruning, magnitude": _PRUNING,
+    "Torch-Pruning, taylor": replace(_PRUNING, way="taylor"),
 }
 
 
@@ -115,7 +125,7 @@ def ran(command: Sequence[str], seconds: int) -> None:
 
 def some_data() -> Data:
     """The splits with one batch, 128 pictures, to search on: a search takes minutes."""
-    data = cifar10.splits()
+    data: Data = cifar10.splits()
     return replace(data, search=list(islice(data.search, 1)))
 
 
@@ -179,7 +189,9 @@ class Bench:
         model = sized(made.state)
         plain = self.accuracy(model)
         norms = resnet20.pretrained().state_dict()
-        with torch.no_grad():  # a peer that folds its norms gives their effect as a bias; the standards are the network's
+        with (
+            torch.no_grad()
+        ):  # a peer that folds its norms gives their effect as a bias; the standards are the network's
             for name, value in model.named_parameters():
                 norm = name.rpartition(".")[0]
                 if norm in self.standards[0]:
@@ -266,27 +278,33 @@ def named(name: str, ask: Ask, seed: int) -> str:
     return f"{name}, {ask[0]} {ask[1]:.3f}, seed {seed}"
 
 
+def orders(
+    names: Sequence[str], seeds: Sequence[int], made: Callable[[], Collection[str]]
+) -> Iterator[tuple[str, Ask, int]]:
+    """Technique, what it is asked for, and seed of each row that is not there yet; peers have the first seed alone.
+    made: names of the rows that are there, asked anew each time, because several processes may share the work.
+    """
+    for seed in seeds:
+        for ask in ASKED:
+            for name in names:
+                if (name in OURS or seed == seeds[0]) and named(name, ask, seed) not in made():
+                    yield name, ask, seed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", default=[*PEERS, *OURS], metavar="NAME", help=", ".join([*PEERS, *OURS]))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of our searches; peers have none")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of our searches; peers have the first")
     parser.add_argument("--evaluations", type=int, default=300, help="of each of our searches")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(arguments.evaluations)
-    for seed in arguments.seeds:
-        for ask in ASKED:
-            for name in arguments.names:
-                if (name in OURS or seed == arguments.seeds[0]) and named(name, ask, seed) not in Kept(RESULTS).rows(PART):
-                    row = bench.row(name, ask, seed)
-                    Kept(RESULTS).keep(PART, row)
-                    print(json.dumps(row), flush=True)
-    Kept(RESULTS).update(
-        PART,
-        reference=bench.reference(),
-        evaluations=arguments.evaluations,
-        machine=f"{device_name()}, torch {torch.__version__}",
-    )
+    for order in orders(arguments.names, arguments.seeds, lambda: Kept(RESULTS).rows(PART)):
+        row = bench.row(*order)
+        Kept(RESULTS).keep(PART, row)
+        print(json.dumps(row), flush=True)
+    facts = {"evaluations": arguments.evaluations, "machine": f"{device_name()}, torch {torch.__version__}"}
+    Kept(RESULTS).update(PART, reference=bench.reference(), **facts)
 
 
 if __name__ == "__main__":
