@@ -1,9 +1,10 @@
-"""Torch-Pruning (VainF/Torch-Pruning): channels by importance of whole groups, from all layers at once.
+"""Torch-Pruning (VainF/Torch-Pruning): channels by the importance of whole groups.
 
     python -m bench.peer_torch_pruning FOLDER     (in its own environment, by `bench.peers`)
 
-Way: its importance, `magnitude` or `taylor` (of the loss on calibration pictures). It takes a ratio of channels and
-searches nothing; here channels are removed in steps of one percent until the share is met.
+Way: its importance, `magnitude` or `taylor` (of the loss on calibration pictures), of each group the same ratio as is
+its default, or `global`: the least important of all. It takes a ratio of channels and searches nothing; here channels
+are removed in steps of one percent until the share is met.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ def main() -> None:
     task, model = Task.read(folder), resnet20.pretrained()
     start = processor_seconds()
     example = task.calibration[:1]
+    importance, _, scope = task.way.partition(" ")
     importances = {"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance}
     pruner = tp.pruner.BasePruner(
         model,
         example,
-        importance=importances[task.way](),
-        global_pruning=True,
+        importance=importances[importance](),
+        global_pruning=scope == "global",
         pruning_ratio=0.98,
         iterative_steps=STEPS,
         ignored_layers=[model.fc],
@@ -58,7 +60,7 @@ def main() -> None:
 
     budget = task.share * cost()
     while cost() > budget and pruner.current_step < STEPS:
-        if task.way == "taylor":  # gradients have the shapes of the channels that are left
+        if importance == "taylor":  # gradients have the shapes of the channels that are left
             model.zero_grad()
             pictures, labels = task.calibration[:GRADIENT_PICTURES], task.calibration_labels[:GRADIENT_PICTURES]
             F.cross_entropy(model(pictures), labels).backward()

@@ -92,6 +92,8 @@ PEERS: dict[str, Peer] = {
     "AIMET AMP": Peer("peer_aimet", ("aimet-torch==2.42.0",), ("size",), "AMP chooses bits alone"),
     "Torch-Pruning, magnitude": _PRUNING,
     "Torch-Pruning, taylor": replace(_PRUNING, way="taylor"),
+    "Torch-Pruning, magnitude, global": replace(_PRUNING, way="magnitude global"),
+    "Torch-Pruning, taylor, global": replace(_PRUNING, way="taylor global"),
 }
 
 
