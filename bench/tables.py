@@ -309,6 +309,54 @@ def duel(files: list[dict[str, Any]], noise: float) -> str:
     return f"{_table(head, lines)}\n\n{note}" if found and lines else ""
 
 
+def peers() -> str:
+    """One table for each cost and share, the most accurate first, then the versions of the peers."""
+    if not (RESULTS / "peers.json").exists():
+        return "No results yet: `python -m bench.peers`."
+    body = _read("peers")["resnet20"]
+    asked: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
+    for row in body["rows"]:
+        asked.setdefault((row["cost"], row["share"]), {}).setdefault(row["technique"], []).append(row)
+    parts = []
+    for (cost, share), found in sorted(asked.items(), key=lambda item: (item[0][0] != "size", -item[0][1])):
+        done = {name: rows for name, rows in found.items() if not any("failed" in row for row in rows)}
+        ordered = sorted(done.items(), key=lambda item: -statistics.mean(row["accuracy"] for row in item[1]))
+        head = [
+            "technique",
+            "test accuracy, %",
+            "without recalibration, %",
+            "size",
+            "file",
+            "MACs",
+            "processor seconds",
+        ]
+        failed = [f"- `{name}`: {row['failed']}" for name, rows in found.items() for row in rows if "failed" in row]
+        title = f"### Size 1/{1 / share:g}" if cost == "size" else f"### MACs {share:g}"
+        lines = [_peer(name, rows) for name, rows in ordered]
+        parts += [title, _table(head, lines), *(["\n".join(failed)] if failed else [])]
+    versions = {row["technique"]: row["versions"] for row in body["rows"] if "versions" in row}
+    lines = [[f"`{name}`", ", ".join(f"{k} {v}" for k, v in found.items())] for name, found in versions.items()]
+    full = body["reference"]
+    note = (
+        f"Uncompressed: {100 * full['accuracy']:.2f} %, {full['counted_bytes']:,} bytes as counted here, "
+        f"{full['macs'] / 1e6:.1f} M MACs. {body['evaluations']} evaluations for each of our searches; "
+        f"`python -m bench.peers` on {body['machine']}, 1 thread."
+    )
+    return "\n\n".join([*parts, "### Versions", _table(["technique", "packages"], lines), note])
+
+
+def _peer(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Means over the seeds, with the deviation where there are several."""
+
+    def text(key: str, scale: float, digits: int) -> str:
+        values = [scale * row[key] for row in rows if key in row]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}" if values else "—"
+
+    shares = [text(key, 1, 4) for key in ("size", "file", "macs")]
+    return [f"`{name}`", text("accuracy", 100, 2), text("accuracy_as_it_came", 100, 2), *shares, text("seconds", 1, 0)]
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "frontier": ("README.md", frontier),
     "controller": ("docs/controller.md", controller),
@@ -317,6 +365,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "search": ("docs/search.md", search),
     "latency": ("docs/latency.md", latency),
     "deploy": ("docs/deploy.md", deploy),
+    "peers": ("docs/peers.md", peers),
 }
 
 
