@@ -21,6 +21,7 @@ from torch import Tensor
 from examples import cifar10
 from examples.resnet20 import WEIGHTS, ResNet20, pretrained
 
+
 @torch.inference_mode()
 def accuracy(model: ResNet20, images: Tensor, labels: Tensor) -> float:
     """Share of pictures classified correctly, 0 to 1, in float32."""

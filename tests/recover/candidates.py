@@ -33,7 +33,6 @@ from grainwise.study.measurement import Measurement
 from tests.export.candidates import quantised
 from tests.networks import tiny, tiny_data, tiny_training
 
-
 MIXED = {
     "stem": Entry(precision=quantised(4)),
     "block.0": Entry(Choice(Method.PRUNE, Granularity.LAYER, 0.7), quantised(4)),

@@ -214,7 +214,13 @@ def load(
     except (AttributeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtefactError(f"{root} does not fit this network ({error}); give the one it was made from") from error
     size = manifest.files[WEIGHTS].bytes
-    return Artefact(rebuilt.eval().requires_grad_(False), profile, manifest, size, skeleton_forward if manifest.deployment else forward)
+    return Artefact(
+        rebuilt.eval().requires_grad_(False),
+        profile,
+        manifest,
+        size,
+        skeleton_forward if manifest.deployment else forward,
+    )
 
 
 def check_runtime(name: str) -> None:
