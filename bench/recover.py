@@ -35,6 +35,7 @@ from grainwise.store.studies import Store
 
 RESULTS = Path(__file__).parent / "results" / "recover.json"
 FILES = Path("out") / "bench-recover"
+BATCH = 64  # pictures; steps win back more than pictures do
 EVALUATIONS = 10  # of the additive searcher, whose first proposal is its best
 
 
@@ -106,7 +107,7 @@ class Bench:
         candidate, recovered = session.recover(
             session.evaluator.deployed(artefact.model, artefact.profile.entries),
             artefact.profile.entries,
-            cifar10.Training(),
+            cifar10.Training(size=BATCH),
             budget=training_budget(epochs, None),
             options=RecoverOptions(seed=seed),
             folder=folder,

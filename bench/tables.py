@@ -283,6 +283,54 @@ def _deployed(part: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def recover() -> str:
+    """One row a recovery: the file before and after, and the epochs and minutes that lie between."""
+    if not (RESULTS / "recover.json").exists():
+        return "No results yet: `python -m bench.recover`."
+    return "\n\n".join(_recovered(task) for task in _read("recover").values() if task.get("command"))
+
+
+def _recovered(task: dict[str, Any]) -> str:
+    def drop(figures: dict[str, Any]) -> float:
+        return float(100 * (figures["reference_accuracy"] - figures["onnx_accuracy"]))
+
+    def shares(figures: dict[str, Any], name: str) -> str:
+        return f"{figures[name] / figures[f'reference_{name}']:.4f}"
+
+    rows = [
+        [
+            row["name"],
+            f"{row['after']['size_bytes']:,}",
+            shares(row["after"], "size_bytes"),
+            shares(row["after"], "macs"),
+            f"{100 * row['before']['onnx_accuracy']:.2f} %",
+            f"{100 * row['after']['onnx_accuracy']:.2f} %",
+            f"{drop(row['before']):.2f}",
+            f"{drop(row['after']):.2f}",
+            f"{row['before']['divergence']:.4f}",
+            f"{row['after']['divergence']:.4f}",
+            f"{row['after']['recovery_minutes']:.0f}",
+        ]
+        for row in task["rows"]
+    ]
+    head = ["recovery", "bytes", "size", "MACs", "test before", "test after", "drop before", "drop after"]
+    asked = ", ".join(f"{name} ≤ {share:g}" for name, share in task["constraints"].items())
+    by_epochs: dict[int, list[float]] = {}
+    for row in task["rows"]:
+        by_epochs.setdefault(row["epochs"], []).append(drop(row["after"]))
+    means = "; ".join(
+        f"{epochs} epochs: drop {statistics.mean(drops):.2f} ± "
+        f"{statistics.stdev(drops) if len(drops) > 1 else 0:.2f} points over {len(drops)} seeds"
+        for epochs, drops in by_epochs.items()
+    )
+    note = (
+        f"Asked: {asked}, and a drop of at most {task['most']} points. {means}. Drops in points of the test split, "
+        f"divergence on the search split in nats, minutes of training on a shared core; `{task['command']}` on "
+        f"{task['machine']}."
+    )
+    return f"{_table([*head, 'divergence before', 'after', 'minutes'], rows)}\n\n{note}"
+
+
 EQUAL = 0.001  # of the metric: ten pictures of ten thousand
 
 
@@ -366,6 +414,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "latency": ("docs/latency.md", latency),
     "deploy": ("docs/deploy.md", deploy),
     "peers": ("docs/peers.md", peers),
+    "recover": ("docs/recover.md", recover),
 }
 
 

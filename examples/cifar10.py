@@ -117,7 +117,7 @@ class Training:
     def __init__(self, pictures: int | None = None, size: int = 128) -> None:
         data = load()
         images, labels = data["train_images"][CALIBRATION:-HELD_OUT], data["train_labels"][CALIBRATION:-HELD_OUT]
-        self._images, self._labels = normalise(images[:pictures]), torch.from_numpy(labels[:pictures]).long()
+        self._images, self._labels = images[:pictures], torch.from_numpy(labels[:pictures]).long()
         self._size = size
 
     def __len__(self) -> int:
@@ -125,7 +125,7 @@ class Training:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for chosen in torch.randperm(len(self._images))[: len(self) * self._size].split(self._size):
-            yield augment(self._images[chosen]), self._labels[chosen]
+            yield augment(normalise(self._images[chosen.numpy()])), self._labels[chosen]
 
 
 def splits() -> Data:

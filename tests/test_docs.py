@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import tables
-from tests.networks import pictures, tiny
+from tests.networks import pictures, tiny, tiny_training
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -18,7 +18,7 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     loaders = {f"{name}_loader": pictures(64, seed) for seed, name in enumerate(("calib", "search", "test"), 1)}
-    names: dict[str, object] = {"model": tiny(), **loaders}
+    names: dict[str, object] = {"model": tiny(), "train_loader": tiny_training(), **loaders}
     exec(code.replace("budget=200", "budget=16"), names)
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert (tmp_path / "resnet20.profile.json").exists()

@@ -455,7 +455,7 @@ def recover(
     train: Annotated[str, typer.Option(help="module:function that returns training batches, read anew each epoch")],
     epochs: Annotated[int | None, typer.Option(help="of the training data; 3 unless minutes are given")] = None,
     minutes: Annotated[float | None, typer.Option(help="of training, instead of epochs")] = None,
-    learning_rate: Annotated[float, typer.Option(help="at its peak, as a share of the weights' size")] = 0.002,
+    learning_rate: Annotated[float, typer.Option(help="at its peak, as a share of the weights' size")] = 0.004,
     seed: Annotated[int, typer.Option(help="of the training data's order")] = 0,
     metric: MetricOption = "accuracy",
     forward: ForwardOption = None,

@@ -246,3 +246,36 @@ def test_sums_round_as_the_kernel_does(seed: int) -> None:
     plain = points[2](first + second)
     assert (plain - found).abs().max() <= points[2].scale * 1.001
     assert ((plain - found).abs() > 0.5 * points[2].scale).float().mean() < 1e-3
+
+
+@torch.enable_grad()
+def test_gradients_pass_through_rounding() -> None:
+    """Within the range as they are, beyond it not at all; values are those that are computed without gradients."""
+    point = EightBit()
+    point.scale.fill_(0.5)
+    point.zero.fill_(100)  # -50 to 77.5
+    values = torch.tensor([-50.4, -3.3, 0.2, 77.6, 90.0])
+    x = values.clone().requires_grad_()
+    found = point(x)
+    assert torch.equal(found, point(values)) and found.tolist() == [-50.0, -3.5, 0.0, 77.5, 77.5]
+    (found * torch.arange(1.0, 6.0)).sum().backward()
+    assert x.grad.tolist() == [0.0, 2.0, 3.0, 4.0, 0.0]
+    dynamic = values.clone().requires_grad_()
+    rounded = dynamic_eight_bit(dynamic)
+    assert torch.equal(rounded, dynamic_eight_bit(values))
+    rounded.sum().backward()
+    assert dynamic.grad.tolist() == [1.0] * 5
+
+
+@torch.enable_grad()
+def test_sums_of_rounded_values_pass_gradients_on() -> None:
+    points = [EightBit() for _ in range(3)]
+    for point, scale in zip(points, (0.1, 0.2, 0.25), strict=True):
+        point.scale.fill_(scale)
+        point.zero.fill_(128)
+    a, b = (torch.linspace(-3, 3, 7).roll(n).requires_grad_() for n in (0, 3))
+    total = EightBitSum(*points)
+    assert torch.equal(total(a, b), total(a.detach(), b.detach()))
+    total(a, b).sum().backward()
+    torch.testing.assert_close(a.grad, torch.ones(7))
+    torch.testing.assert_close(b.grad, torch.ones(7))

@@ -27,6 +27,25 @@ class _Rounded(torch.autograd.Function):
         return gradient
 
 
+class _Kept(torch.autograd.Function):
+    """A value on the grid of 256 codes; gradients of values beyond it end. One function, since single operations would
+    keep a copy each of every value for the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        # Divided, as the kernel does: fake_quantize multiplies by 1 / scale, and one value in 10^5 rounds differently.
+        codes = (x / scale).round_().add_(zero)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((codes >= 0) & (codes <= 255))
+        return codes.clamp_(0, 255).sub_(zero).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (within,) = ctx.saved_tensors
+        return gradient * within, None, None
+
+
 def rounded(x: Tensor) -> Tensor:
     """`x` rounded to integers, a tie to the even one; its gradient is passed on as it is. Where none is asked for, `x`
     itself is rounded: pass a value that nobody else reads.
@@ -78,9 +97,8 @@ class EightBit(nn.Module):
             return x
         if not self.calibrated:
             return torch.fake_quantize_per_tensor_affine(x, *affine(*x[:SAMPLES].aminmax()), 0, 255)
-        # Divided, as the kernel does: fake_quantize multiplies by 1 / scale, and one value in 10^5 rounds differently.
-        codes = rounded(x / self.scale).add_(self.zero).clamp_(0, 255)
-        return codes.sub_(self.zero).mul_(self.scale)
+        kept: Tensor = _Kept.apply(x, self.scale, self.zero)  # type: ignore[no-untyped-call]
+        return kept
 
     def observe(self) -> None:
         """From now on values pass as they are, and a sample of them is kept for `settle`."""

@@ -12,7 +12,7 @@ DEFAULT_EPOCHS = 3
 class RecoverOptions:
     """Raises ValueError for a value out of its range."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Peak of Adam's, as a share of the size of what is trained (`shadows.Learnt`), so that it needs no search for each
     network; it rises over `warm_up` steps and falls as half a cosine to zero."""
     warm_up: int = 50

@@ -103,7 +103,8 @@ class PackedShadow(Shadow):
     """The weight of a stage that is stored packed, with its scales, and its bias. Pruned weights stay pruned.
 
     largest: distance of a code from that of zero. Scales are learnt too (LSQ, Esser et al. 2020), as factors of what
-    they are at the start, and read as float16 keeps them.
+    they are at the start, and read as float16 keeps them. A step of a scale moves all of its weights the same way, so
+    it is smaller by the root of their number (LSQ, section 2.2).
     """
 
     keep: Tensor | None
@@ -121,7 +122,7 @@ class PackedShadow(Shadow):
         if packed.scale is not None:
             self._largest = largest(realisation_of(layer), packed.bits)
             start = packed.scale.float().log()
-            self.scale = Learnt(start, torch.ones_like(start))
+            self.scale = Learnt(start, torch.full_like(start, (len(start) / packed.kept) ** 0.5))
 
     def _scales(self, bias: Tensor | None) -> Tensor:
         """`[S]`, float32 of float16 values."""
