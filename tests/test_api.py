@@ -17,6 +17,7 @@ from grainwise import api, calibrate, leaders
 from grainwise.api import SearchOptions, apply_profile, missed, open_study, verify_artefact
 from grainwise.evaluate.data import Data, Splits
 from grainwise.evaluate.evaluator import Candidate
+from grainwise.evaluate.sharing import Sharing
 from grainwise.export.artefact import ArtefactError
 from grainwise.graph.forward import default_forward
 from grainwise.leaders import Infeasible, aimed, choose
@@ -92,6 +93,21 @@ def test_a_seed_gives_the_same_search_twice(tmp_path: Path) -> None:
     results = [_compress(tmp_path, study=name, options=SearchOptions(prior=False, seed=4)) for name in ("a", "b")]
     assert results[0].entries == results[1].entries
     assert results[0].measurement == results[1].measurement
+
+
+def test_two_workers_find_what_one_finds(tmp_path: Path) -> None:
+    alone = _compress(tmp_path, study="alone", budget=12)
+    together = _compress(tmp_path, study="together", budget=12, workers=2, sharing=Sharing(measurements=False))
+    assert together.entries == alone.entries and together.measurement == alone.measurement
+    store = Store(f"sqlite:///{tmp_path / 's.db'}")
+    one, two = (store.trials(study) for study in ("alone", "together"))
+    store.close()
+    assert [(t.entries, t.outcome, t.reward, t.policy) for t in two] == [
+        (t.entries, t.outcome, t.reward, t.policy) for t in one
+    ]
+    assert len({t.worker for t in one}) == 1 and len({t.worker for t in two}) == 2
+    with pytest.raises(ValueError, match="at least one worker, got 0"):
+        _compress(tmp_path, study="none", workers=0)
 
 
 def test_resume_goes_on_and_refuses_another_search(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -49,6 +50,8 @@ from grainwise.store.studies import Store, StoreError
 from grainwise.study.reward import REWARDS, Reward, WithComplexity
 from grainwise.study.sensitivity import Sensitivity
 from grainwise.study.trial import Trial, best, meets
+from grainwise.workers.pool import Inline, Pool
+from grainwise.workers.processes import Processes
 
 PARITY_SAMPLES = 512  # of the test split, on which file and module are compared
 
@@ -131,6 +134,8 @@ def compress(
     options: SearchOptions = SearchOptions(),
     observer: Observer = Observer(),
     sharing: Sharing = EVERYTHING,
+    workers: int = 1,
+    limit_seconds: float | None = None,
 ) -> Result:
     """Search the compression of each layer of `model` and return the really compressed network.
 
@@ -140,6 +145,9 @@ def compress(
         a file. budget: evaluations (`300`) or time (`"20m"`).
     study, store: where trials are kept as they finish. resume: go on with a study that was cut; the same profiles
         follow as in an uncut search. sharing: what is computed once; with a folder, later searches begin warm.
+    workers: processes that evaluate, 1 for this one; the same profiles follow with any number of them.
+    limit_seconds: of one evaluation, which then runs in another process even with one worker: what takes longer three
+        times is a failed trial.
 
     Raises TraceError, DataError, MetricError, Unreachable (no profile can meet the constraints), StoreError, Stopped
     (`Observer.stop`), or Infeasible (none was found). The model itself is not changed.
@@ -197,19 +205,33 @@ def compress(
             seen.append(trial)
             observer.trial(trial, best(seen, budgets))
 
-        trials = search(
-            searcher=searcher,
-            judge=judge,
-            store=database,
-            study=study,
-            budget=limit,
-            observer=watch,
-            stop=observer.stop,
-        )
+        with pool_of(session, workers, limit_seconds) as pool:
+            trials = search(
+                searcher=searcher,
+                judge=judge,
+                store=database,
+                study=study,
+                budget=limit,
+                observer=watch,
+                pool=pool,
+                stop=observer.stop,
+            )
     finally:
         database.close()
     observer.stage("finish")
     return session.finish(choose(session, trials, budgets), len(trials))
+
+
+@contextmanager
+def pool_of(session: Session, workers: int, limit_seconds: float | None) -> Iterator[Pool]:
+    """Where a search evaluates, until it ends. Raises ValueError for fewer than 1 worker or no time."""
+    pool: Pool = Inline(session.evaluator)
+    if workers != 1 or limit_seconds is not None:
+        pool = Processes(session.evaluator, workers, limit_seconds)
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
 def make_reward(session: Session, budgets: Mapping[str, float], options: SearchOptions) -> Reward:

@@ -34,6 +34,8 @@ TargetOption = Annotated[
 StudyOption = Annotated[str, typer.Option(help="name of the study")]
 StoreOption = Annotated[str, typer.Option(help="URL of the store")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on standard output")]
+WorkersOption = Annotated[int, typer.Option(min=1, help="processes that evaluate, with one thread each if several")]
+LimitOption = Annotated[float | None, typer.Option("--limit", help="seconds that one evaluation may take")]
 ThreadsOption = Annotated[int | None, typer.Option(help="threads that torch uses; its own default otherwise")]
 
 
@@ -145,6 +147,8 @@ def search(
     seed: int = 0,
     study: StudyOption = "default",
     store: StoreOption = "sqlite:///grainwise.db",
+    workers: WorkersOption = 1,
+    limit: LimitOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -168,7 +172,7 @@ def search(
         return {"constraints": constraints, "target": target, "budget": budget, "options": options, "resume": False}
 
     own = {"--reward": reward} if ":" in reward else {}
-    _searched(order, study, store, model, data, metric, forward, threads, out, as_json, own)
+    _searched(order, study, store, model, data, metric, forward, workers, limit, threads, out, as_json, own)
 
 
 @app.command()
@@ -182,6 +186,8 @@ def resume(
     forward: ForwardOption = None,
     reward: Annotated[str | None, typer.Option(help="module:function, when the search was begun with one")] = None,
     store: StoreOption = "sqlite:///grainwise.db",
+    workers: WorkersOption = 1,
+    limit: LimitOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -199,7 +205,7 @@ def resume(
         return {**settings, "options": options, "resume": True}
 
     own = {name: word for name, word in (("--reward", reward), ("--budget", budget)) if word is not None}
-    _searched(order, study, store, model, data, metric, forward, threads, out, as_json, own)
+    _searched(order, study, store, model, data, metric, forward, workers, limit, threads, out, as_json, own)
 
 
 def _searched(
@@ -210,6 +216,8 @@ def _searched(
     data: str,
     metric: str,
     forward: str | None,
+    workers: int,
+    limit: float | None,
     threads: int | None,
     out: Path | None,
     as_json: bool,
@@ -224,6 +232,8 @@ def _searched(
     words |= {} if metric == "accuracy" else {"--metric": metric}
     words |= {"--forward": forward} if forward else {}
     words |= {"--threads": str(threads)} if threads else {}
+    words |= {"--workers": str(workers)} if workers > 1 else {}
+    words |= {"--limit": f"{limit:g}"} if limit is not None else {}
     words |= {"--out": str(out)} if out else {}
     again = shlex.join(["grainwise", "resume", study, *(part for pair in words.items() for part in pair)])
     stages: list[str] = []
@@ -236,8 +246,8 @@ def _searched(
         from grainwise.report.progress import LiveProgress
         from grainwise.search.driver import Stopped
 
-        if threads:
-            torch.set_num_threads(threads)
+        if threads or workers > 1:
+            torch.set_num_threads(threads or 1)
         ordered, network, loaded = order(), _factory(model, "the model")(), _factory(data, "the data")()
         budget = ordered["budget"]
         with LiveProgress(int(budget) if budget.isdigit() else None) as live:
@@ -255,6 +265,8 @@ def _searched(
                     store=store,
                     observer=Observer(stage, live.progress, live.trial, received.stop),
                     sharing=Sharing(folder=cache_folder() / "variants"),
+                    workers=workers,
+                    limit_seconds=limit,
                     **ordered,
                     **_hooks(metric, forward),
                 )

@@ -75,7 +75,7 @@ def test_predicted_bytes_are_those_of_the_file(name: str, tmp_path: Path) -> Non
     """Within 1 %, and never too few: a budget that is met by prediction is met by the file."""
     session = prepared(name)
     for entries in profiles(session):
-        _, file = session.evaluator._deploy(entries)
+        file = session.evaluator.finish(entries).file
         assert file is not None
         onnx.save(file, tmp_path / "model.onnx")
         written = (tmp_path / "model.onnx").stat().st_size
@@ -139,7 +139,7 @@ def test_a_function_is_paid_for_once() -> None:
     own = [float(table[p, SIZE] - table[0, SIZE]) for table in additive]
     functions = [totals[n + 1] - totals[n] - own[n] for n in range(3)]
     assert functions[1:] == pytest.approx([0, 0], abs=1e-6)
-    _, file = session.evaluator._deploy({"layers.0": Entry(precision=groups)})
+    file = session.evaluator.finish({"layers.0": Entry(precision=groups)}).file
     assert file is not None
     beside = [f for f in file.functions if f.name.startswith(("Conv2d", "Groups"))]
     assert {f.name for f in beside} == {"Conv2d_int4_group32", "Groups"}
@@ -234,7 +234,7 @@ def test_every_entry_of_a_layer_alone() -> None:
             if s and p not in (0, 2, 9):
                 continue
             entries = {layer.name: Entry(STRUCTURES[s], PRECISIONS[p])}
-            _, file = session.evaluator._deploy(entries)
+            file = session.evaluator.finish(entries).file
             assert file is not None
             excess = session.cost.total(entries)[SIZE] - file_bytes(file)
             assert 0 <= excess <= 32 + 0.001 * file_bytes(file), entries

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from onnx import ModelProto
@@ -147,6 +148,10 @@ class Evaluator:
             macs=int(macs),
             latency_ms=float(latency),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes: kept activations stay here, each process begins to keep its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "prefixes"}
 
     def __call__(self, entries: Mapping[str, Entry]) -> Outcome:
         """The measurement of the network that `entries` give, or why there is none."""

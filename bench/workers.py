@@ -1,0 +1,105 @@
+"""Evaluations per second of worker processes: 1, 2, ... of them, and this process alone, on the same profiles.
+
+    python -m bench.workers [--network resnet20] [--evaluations 64] [--workers 1 2] [--rounds 3]
+
+Profiles of a random search within an eighth of the size, target `packed`, one thread for each process; their layers are
+solved before the clock starts, and workers have started. Every way runs in turn, `rounds` times; medians are reported.
+Outcomes must be the same to the last bit. memory_kb: what a worker has of its own (anonymous pages) after the
+evaluations, beside that of this process. Writes bench/results/workers.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from examples import cifar10, minilm, resnet20
+from grainwise.evaluate.sharing import Sharing
+from grainwise.evaluate.timing import device_name
+from grainwise.plan.choices import Entry
+from grainwise.search.baselines import RandomSearcher
+from grainwise.session import Session
+from grainwise.study.measurement import Outcome
+from grainwise.workers.pool import Inline, Pool
+from grainwise.workers.processes import Processes
+from grainwise.workers.shared import Shared
+
+RESULTS = Path(__file__).parent / "results" / "workers.json"
+NETWORKS = {"resnet20": (resnet20.model, cifar10.data), "minilm": (minilm.model, minilm.data)}
+
+
+def run(pool: Pool, profiles: Mapping[int, Mapping[str, Entry]]) -> tuple[float, dict[int, Outcome]]:
+    """(seconds, outcomes)."""
+    start = time.monotonic()
+    judged = list(pool.run(profiles, lambda key: None, lambda numbers, worker: None, lambda: False))
+    return time.monotonic() - start, {each.number: each.outcome for each in judged}
+
+
+def own_kilobytes(pid: int) -> int:
+    """Memory that no other process has: anonymous pages, in memory or swapped out."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Anonymous:", "Swap:")))
+
+
+def measure(
+    session: Session, profiles: Mapping[int, Mapping[str, Entry]], workers: list[int], rounds: int
+) -> list[Any]:
+    pools: dict[str, Pool] = {"this process": Inline(session.evaluator)}
+    pools |= {f"{count} workers": Processes(session.evaluator, count) for count in workers}
+    seconds: dict[str, list[float]] = {name: [] for name in pools}
+    truth: dict[int, Outcome] = {}
+    rows = []
+    for number in range(rounds + 1):  # the first one starts and warms them
+        for name, pool in pools.items():
+            taken, outcomes = run(pool, profiles)
+            truth = truth or outcomes
+            if outcomes != truth:
+                raise RuntimeError(f"{name} gave other figures than this process")
+            seconds[name] += [taken] if number else []
+    for name, pool in pools.items():
+        row: dict[str, Any] = {"pool": name, "evaluations_per_second": round(len(profiles) / median(seconds[name]), 3)}
+        if isinstance(pool, Processes):
+            row["memory_kb"] = [own_kilobytes(pid) for pid in pool.processes()]
+        rows.append({**row, "seconds": [round(s, 2) for s in seconds[name]]})
+        pool.close()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
+    parser.add_argument("--evaluations", type=int, default=64)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    model, data = NETWORKS[given.network]
+    session = Session.prepare(model(), data(), target="packed", sharing=Sharing(measurements=False))
+    searcher = RandomSearcher(session.projection(session.budgets({"size": 0.125})), seed=0)
+    profiles = {number: proposal.entries for number, proposal in enumerate(searcher.ask(given.evaluations))}
+    run(Inline(session.evaluator), profiles)  # solves their layers
+    shared = Shared(session.evaluator)
+    body = {
+        "command": f"python -m bench.workers --network {given.network} --evaluations {given.evaluations}",
+        "machine": f"{device_name()}, {os.cpu_count()} cores, torch {torch.__version__}, 1 thread each",
+        "shared_kb": shared.bytes // 1024,
+        "this_process_kb": own_kilobytes(os.getpid()),
+        "rows": measure(session, profiles, given.workers, given.rounds),
+    }
+    shared.close()
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({**kept, given.network: body}, indent=1) + "\n")
+    print(json.dumps(body, indent=1))
+
+
+if __name__ == "__main__":
+    main()

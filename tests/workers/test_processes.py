@@ -1,0 +1,110 @@
+"""The pool of processes: the contract, lost and hung workers, one copy of the tensors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from grainwise.study.measurement import Failure, Measurement, Outcome
+from grainwise.workers.pool import Evaluate, Pool
+from grainwise.workers.processes import Processes
+from tests.workers.evaluations import (
+    PROFILES,
+    Troubled,
+    Unreadable,
+    Watched,
+    broken,
+    by_text,
+    never,
+    own_kilobytes,
+    unknown,
+)
+from tests.workers.pool_contract import PoolContract
+
+
+class TestProcesses(PoolContract):
+    def make(self, evaluate: Evaluate) -> Pool:
+        return Processes(evaluate, 2)
+
+
+def judged(troubled: Troubled, limit: float | None = None) -> dict[int, Outcome]:
+    with closing(Processes(troubled, 2, limit)) as pool:
+        found = list(pool.run(PROFILES, unknown, lambda numbers, worker: None, never))
+    assert len(found) == len(PROFILES)
+    return {each.number: each.outcome for each in found}
+
+
+TRUTH = {number: by_text(entries) for number, entries in PROFILES.items()}
+
+
+@pytest.mark.parametrize(("trouble", "limit"), [("dies", None), ("stops", 1.0)])
+def test_a_profile_whose_worker_is_lost_is_given_to_another(tmp_path: Path, trouble: str, limit: float | None) -> None:
+    troubled = Troubled(tmp_path, trouble, times=1)
+    assert judged(troubled, limit) == TRUTH
+    assert troubled.evaluations(3) == 2
+    assert all(troubled.evaluations(number) == 1 for number in PROFILES if number != 3)
+
+
+def test_what_loses_every_worker_fails_with_the_reason(tmp_path: Path) -> None:
+    troubled = Troubled(tmp_path, "dies", times=9)
+    assert judged(troubled) == {**TRUTH, 3: Failure("worker", "its worker was lost, 3 times")}
+    assert troubled.evaluations(3) == 3
+
+
+def test_workers_map_one_copy_and_write_to_their_own_pages() -> None:
+    watched = Watched()
+    assert own_kilobytes(watched.weights.data_ptr()) > 60_000  # what a copy would have
+    with closing(Processes(watched, 1)) as pool:
+        for judged in pool.run(PROFILES, unknown, lambda numbers, worker: None, never):
+            assert isinstance(judged.outcome, Measurement) and judged.outcome.size_bytes < 100
+    assert float(watched.weights[0]) == 1.0
+
+
+def test_a_killed_search_leaves_no_workers(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        pool = Processes(Troubled(tmp_path, "hangs", times=9), 1)
+        list(pool.run({3: PROFILES[3]}, unknown, lambda numbers, worker: None, never))
+        os._exit(0)
+    while not (tmp_path / "3").exists() or not (tmp_path / "3").read_text().endswith("\n"):
+        time.sleep(0.05)
+    worker = int((tmp_path / "3").read_text())
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for _ in range(200):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker still runs 10 s after its search was killed")
+
+
+def test_faults_are_told() -> None:
+    with closing(Processes(broken, 1)) as pool, pytest.raises(KeyError, match="a fault of the evaluation itself"):
+        list(pool.run(PROFILES, unknown, lambda numbers, worker: None, never))
+    with pytest.raises(ValueError, match="at least one worker, got 0"):
+        Processes(by_text, 0)
+    with pytest.raises(ValueError, match="above 0, got -1"):
+        Processes(by_text, 1, -1)
+
+
+def test_a_worker_that_does_not_start_is_told() -> None:
+    with closing(Processes(Unreadable(), 1)) as pool, pytest.raises(RuntimeError, match="does not start"):
+        list(pool.run(PROFILES, unknown, lambda numbers, worker: None, never))
+
+
+@pytest.fixture(autouse=True)
+def no_threads_are_left() -> Iterator[None]:
+    yield
+    for _ in range(100):
+        if not [t for t in threading.enumerate() if "QueueManager" in t.name or "ExecutorManager" in t.name]:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"left: {threading.enumerate()}")
