@@ -14,14 +14,16 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
-from examples import cifar10, minilm, resnet20
+from examples import demo, minilm
+from grainwise import Data
 from grainwise.evaluate.sharing import Sharing
 from grainwise.evaluate.timing import device_name
 from grainwise.plan.choices import Entry
@@ -33,10 +35,14 @@ from grainwise.workers.processes import Processes
 from grainwise.workers.shared import Shared
 
 RESULTS = Path(__file__).parent / "results" / "workers.json"
-NETWORKS = {"resnet20": (resnet20.model, cifar10.data), "minilm": (minilm.model, minilm.data)}
+Profiles = Mapping[int, Mapping[str, Entry]]
+NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Data]]] = {
+    "resnet20": (demo.model, demo.data),
+    "minilm": (minilm.model, minilm.data),
+}
 
 
-def run(pool: Pool, profiles: Mapping[int, Mapping[str, Entry]]) -> tuple[float, dict[int, Outcome]]:
+def run(pool: Pool, profiles: Profiles) -> tuple[float, dict[int, Outcome]]:
     """(seconds, outcomes)."""
     start = time.monotonic()
     judged = list(pool.run(profiles, lambda key: None, lambda numbers, worker: None, lambda: False))

@@ -77,6 +77,7 @@ class Store:
     def __init__(self, url: str, *, create: bool = True, upgrade: bool = False) -> None:
         self._engine = connect(url)
         self.url = named(self._engine.url)
+        self._ids: dict[str, int] = {}
         try:
             self._open(create, upgrade)
         except StoreError:
@@ -249,11 +250,14 @@ class Store:
             return None if row is None else Checkpoint(self._checked(row).trials, dict(row.body), row.tensors)
 
     def _id(self, session: Session, name: str) -> int:
-        """Of a study, without reading its settings."""
+        """Of a study, without reading its settings; it stays the same, so it is asked for once."""
+        if name in self._ids:
+            return self._ids[name]
         found = session.scalar(select(StudyRow.id).filter_by(name=name))
         if found is None:
             known = ", ".join(map(repr, session.scalars(select(StudyRow.name).order_by(StudyRow.id)))) or "none"
             raise StoreError(f"the store {self.url} has no study {name!r}; it has {known}")
+        self._ids[name] = found
         return found
 
     def _study(self, session: Session, name: str) -> StudyRow:
