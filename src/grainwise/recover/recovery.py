@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from grainwise.graph.forward import Forward
 from grainwise.graph.skeleton import Skeleton
-from grainwise.realise.deploy import fix_grids, set_ranges
+from grainwise.realise.deploy import set_ranges
 from grainwise.realise.reference import fingerprint
 from grainwise.recover.batches import TrainingBatches
 from grainwise.recover.checkpoint import Checkpoint
@@ -47,12 +47,8 @@ class Trainee:
     def settle(self) -> None:
         """Make the network what the shadows say, with ranges set anew: what can be deployed."""
         self.student.store()
-        if self.skeleton is None:
-            return
-        network = self.student.network
-        set_ranges(network, self.skeleton, self.calibration, self.forward)
-        self.student.store()  # new ranges may raise the scales of channels that all but vanish
-        fix_grids(network, self.skeleton)
+        if self.skeleton is not None:
+            set_ranges(self.student.network, self.skeleton, self.calibration, self.forward)
 
 
 @dataclass
