@@ -26,7 +26,7 @@ from grainwise.realise.reference import Reference, channels_last
 from grainwise.recover.batches import TrainingBatches
 from grainwise.recover.losses import softened_divergence
 from grainwise.recover.options import STANDARD, RecoverOptions, TrainingBudget
-from grainwise.recover.recovery import Recovered, Trainee, Watch, recover
+from grainwise.recover.recovery import Recovered, Score, Trainee, Watch, recover
 from grainwise.recover.shadows import shadows_of
 from grainwise.recover.step import Distillation, Student, feature_places
 from grainwise.study.measurement import Measurement
@@ -110,6 +110,7 @@ class Case:
         folder: Path | None = None,
         resume: bool = False,
         watch: Watch = lambda done, total, note: None,
+        measure: Score = score,
     ) -> Recovered:
         batches = TrainingBatches.of(tiny_training() if train is None else train, splits(), options.seed)
         budget = TrainingBudget(epochs, minutes)
@@ -117,7 +118,7 @@ class Case:
             self.trainee,
             self.loss,
             batches,
-            score,
+            measure,
             budget=budget,
             options=options,
             folder=folder,

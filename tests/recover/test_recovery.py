@@ -21,6 +21,7 @@ from grainwise.recover.checkpoint import NAME, Checkpoint
 from grainwise.recover.errors import RecoveryError, Stopped
 from grainwise.recover.options import RecoverOptions
 from grainwise.recover.recovery import Recovered
+from grainwise.study.measurement import Measurement
 from tests.export.candidates import PLANS, quantised
 from tests.networks import tiny_training
 from tests.recover.candidates import MIXED, Case, outputs_of, score, splits
@@ -206,6 +207,14 @@ def test_the_start_is_kept_where_nothing_is_better() -> None:
     found = case.recover(epochs=10, options=RecoverOptions(learning_rate=1.0, warm_up=0, patience=2))
     assert found.best == 0 and found.epochs == 2  # stopped early
     assert fingerprint(case.network) == before
+
+
+@pytest.mark.parametrize(("after", "best"), [((1.2, 1.1, 1.15), 2), ((1.3, 1.26, 1.3), 0), ((0.5, 0.9, 0.4), 3)])
+def test_a_start_that_a_search_chose_must_be_clearly_better(after: tuple[float, ...], best: int) -> None:
+    divergences = iter((1.0, *after))
+    case = Case.of(PLANS["int8"])
+    found = case.recover(measure=lambda network: Measurement(0.5, next(divergences), 1, 1))
+    assert found.best == best and len(found.scores) == 4
 
 
 def test_minutes_become_steps(monkeypatch: pytest.MonkeyPatch) -> None:

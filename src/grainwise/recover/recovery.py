@@ -24,6 +24,7 @@ from grainwise.recover.signals import StopFlag, stop_flag
 from grainwise.recover.step import Distillation, NotFinite, Student, train_step
 from grainwise.study.measurement import Measurement
 
+FLATTERED = 1.25  # times its divergence: a start that a search chose on the very samples that it is measured on
 PROBE = 8  # steps that are timed before minutes become a number of steps
 
 Score = Callable[[nn.Module], Measurement]
@@ -55,7 +56,7 @@ class Trainee:
 class Progress:
     """Where a run stands: batches done of the present epoch, steps in all, seconds of training. total: steps of the
     whole run, None while that is not known. last: SHA-256 of the last batch. losses: of every step. scores: measured
-    after each epoch, first of all at the start. best: number of the score of lowest divergence.
+    after each epoch, first of all at the start. best: number of the score that is to be kept.
     """
 
     epoch: int = 0
@@ -71,7 +72,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What a recovery gave: the figures of the best network seen are `scores[best]`; 0 is the start."""
+    """What a recovery gave: the figures of the network that was kept are `scores[best]`; 0 is the start."""
 
     losses: tuple[float, ...]
     scores: tuple[dict[str, float], ...]
@@ -103,7 +104,8 @@ def recover(
     resume: bool = False,
     watch: Watch = lambda done, total, note: None,
 ) -> Recovered:
-    """Train the candidate's network, and leave it as the best of its states on the search split, the start among them.
+    """Train the candidate's network, and leave it in the state after the epoch of lowest divergence on the search
+    split, or as it was where that is more than `FLATTERED` times what it was.
 
     folder: where a checkpoint is kept while it runs. resume: go on from it, to the same losses as an uncut run.
 
@@ -193,7 +195,8 @@ class _Run:
         """Measure the network; remember it if it is the best so far."""
         at, found = self._at, self._score(self._network)
         at.scores.append({"step": at.step, "divergence": found.divergence, "metric": found.metric})
-        if found.divergence < at.scores[at.best]["divergence"]:
+        bar = at.scores[at.best]["divergence"] * (1.0 if at.best else FLATTERED)
+        if len(at.scores) > 1 and found.divergence < bar:
             at.best = len(at.scores) - 1
             self._best = _state(self._network)
         self._watch(at.step, at.total or 0, self._said())
