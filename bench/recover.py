@@ -96,7 +96,7 @@ class Bench:
 
     def row(self, name: str, seed: int, epochs: int) -> dict[str, Any]:
         """One recovery, from the results file or made now."""
-        label, start = f"seed {seed}, {epochs} epochs", self.start(name)
+        label, start = f"seed {seed}, epochs: {epochs}", self.start(name)
         if (found := self.kept.rows(name).get(label)) is not None:
             return found
         directory = self.folder / f"{name}-{seed}-{epochs}"

@@ -319,8 +319,8 @@ def _recovered(task: dict[str, Any]) -> str:
     for row in task["rows"]:
         by_epochs.setdefault(row["epochs"], []).append(drop(row["after"]))
     means = "; ".join(
-        f"{epochs} epochs: drop {statistics.mean(drops):.2f} ± "
-        f"{statistics.stdev(drops) if len(drops) > 1 else 0:.2f} points over {len(drops)} seeds"
+        f"epochs {epochs}: drop {statistics.mean(drops):.2f} ± "
+        f"{statistics.stdev(drops) if len(drops) > 1 else 0:.2f} points, seeds {len(drops)}"
         for epochs, drops in by_epochs.items()
     )
     note = (

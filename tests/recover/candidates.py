@@ -26,7 +26,7 @@ from grainwise.realise.reference import Reference, channels_last
 from grainwise.recover.batches import TrainingBatches
 from grainwise.recover.losses import softened_divergence
 from grainwise.recover.options import STANDARD, RecoverOptions, TrainingBudget
-from grainwise.recover.recovery import Recovered, Trainee, Watch, recover
+from grainwise.recover.recovery import Recovered, Score, Trainee, Watch, recover
 from grainwise.recover.shadows import shadows_of
 from grainwise.recover.step import Distillation, Student, feature_places
 from grainwise.study.measurement import Measurement
@@ -44,8 +44,12 @@ MIXED = {
 
 
 @cache
-def library() -> VariantLibrary:
+def library(vanishing: bool = False) -> VariantLibrary:
+    """vanishing: a channel of the stem is all but nothing beside its bias."""
     network, x = tiny(), next(iter(tiny_data().calibration))[0][:2]
+    if vanishing:
+        with torch.no_grad():
+            network.norm.weight[3], network.norm.bias[3] = 1e-9, 5.0
     graph = trace(network, x, default_forward)
     skeleton = build_skeleton(network, x, default_forward, graph)
     calibration = [inputs for inputs, _ in tiny_data().calibration]
@@ -79,11 +83,11 @@ class Case:
     loss: Distillation
 
     @staticmethod
-    def of(entries: Mapping[str, Entry]) -> Case:
-        reference = library().reference
+    def of(entries: Mapping[str, Entry], *, vanishing: bool = False) -> Case:
+        reference = library(vanishing).reference
         skeleton = reference.skeleton
         assert skeleton is not None
-        network = channels_last(copy.deepcopy(build(library(), entries)))
+        network = channels_last(copy.deepcopy(build(library(vanishing), entries)))
         deploy(network, skeleton, reference.calibration, skeleton_forward)
         shadows = shadows_of(network, set(skeleton.units), reference.target.largest_code)
         student = Student(network, skeleton_forward, shadows)
@@ -106,6 +110,7 @@ class Case:
         folder: Path | None = None,
         resume: bool = False,
         watch: Watch = lambda done, total, note: None,
+        measure: Score = score,
     ) -> Recovered:
         batches = TrainingBatches.of(tiny_training() if train is None else train, splits(), options.seed)
         budget = TrainingBudget(epochs, minutes)
@@ -113,7 +118,7 @@ class Case:
             self.trainee,
             self.loss,
             batches,
-            score,
+            measure,
             budget=budget,
             options=options,
             folder=folder,

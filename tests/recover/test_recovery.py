@@ -21,6 +21,7 @@ from grainwise.recover.checkpoint import NAME, Checkpoint
 from grainwise.recover.errors import RecoveryError, Stopped
 from grainwise.recover.options import RecoverOptions
 from grainwise.recover.recovery import Recovered
+from grainwise.study.measurement import Measurement
 from tests.export.candidates import PLANS, quantised
 from tests.networks import tiny_training
 from tests.recover.candidates import MIXED, Case, outputs_of, score, splits
@@ -62,12 +63,36 @@ def test_what_compression_lost_is_won_back(plan: str) -> None:
     assert all(torch.equal(case.network.get_submodule(name).support, support) for name, support in kept.items())
 
 
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("granularity", [Granularity.LAYER, Granularity.CHANNEL])
+def test_a_channel_that_all_but_vanishes_is_stored_as_trained(bits: int, granularity: Granularity) -> None:
+    """Its scale is what keeps the sums of its bias within 32 bits, and follows a range that was set anew."""
+    case = Case.of({"stem": Entry(precision=quantised(bits, granularity))}, vanishing=True)
+    (stem,) = [shadow for shadow in case.trainee.student.shadows if shadow.path == "stem"]
+    with torch.no_grad():
+        stem.values.start.mul_(3.0)
+        stem.bias.change[3] = 2.0
+        for point in case.network.points.children():
+            getattr(point, "scale", torch.zeros(())).mul_(20.0)  # as if ranges had been far too wide
+    case.network.stem.x_scale.mul_(20.0)
+    case.trainee.settle()
+    trained = torch.cat([case.trainee.student(batch.inputs) for batch in splits().search])
+    found = outputs_of(case.network)
+    torch.testing.assert_close(found, trained, rtol=0, atol=1e-5 * float(found.std()))
+    unit = case.network.stem.x_scale * case.network.stem.packed.row_scale()
+    sums = case.network.stem.bias / unit
+    assert float(sums.abs().max()) < 2.0**31 and torch.equal(sums.round() * unit, case.network.stem.bias)
+
+
 def _pruned(module: object) -> bool:
     return isinstance(module, PackedWeight) and module.support is not None
 
 
 def test_every_part_is_trained() -> None:
     case = Case.of({**MIXED, "block.0": Entry(Choice(Method.DISTILL, Granularity.CHANNEL, 0.5), quantised(8))})
+    paths = {shadow.path for shadow in case.trainee.student.shadows}
+    inside = {"down.0", "down.1", "down.2", "block.0.primary", "block.0.cheap"}
+    assert paths == {"stem", "block.3", "fc", "block.1", *inside}  # block.1: the norm behind a ghost
     case.recover(epochs=1)
     still = [name for name, change in case.trainee.student.named_parameters() if not change.any()]
     assert still == []
@@ -121,6 +146,22 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(event: str, at: int, t
     assert fingerprint(case.network) == network
 
 
+def test_the_best_state_outlives_a_cut(tmp_path: Path) -> None:
+    """Nothing after the cut is better than what came before it."""
+    with pytest.raises(Stopped):
+        Case.of(MIXED).recover(Loader(6, "SIGTERM"), options=QUICK, folder=tmp_path)
+    kept = Checkpoint.load(tmp_path)
+    assert kept.facts["progress"]["best"] == 1
+    kept.facts["progress"]["scores"][1]["divergence"] = 0.0
+    kept.save(tmp_path)
+    case = Case.of(MIXED)
+    found = case.recover(Loader(), options=QUICK, folder=tmp_path, resume=True)
+    assert found.best == 1 and len(found.scores) == 4
+    state = case.network.state_dict()
+    wanted = {name.removeprefix("best."): t for name, t in kept.tensors.items() if name.startswith("best.")}
+    assert state.keys() == wanted.keys() and all(torch.equal(state[name], value) for name, value in wanted.items())
+
+
 def test_signals_are_as_they_were_afterwards(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Stopped) as stopped:
@@ -166,6 +207,14 @@ def test_the_start_is_kept_where_nothing_is_better() -> None:
     found = case.recover(epochs=10, options=RecoverOptions(learning_rate=1.0, warm_up=0, patience=2))
     assert found.best == 0 and found.epochs == 2  # stopped early
     assert fingerprint(case.network) == before
+
+
+@pytest.mark.parametrize(("after", "best"), [((1.2, 1.1, 1.15), 2), ((1.3, 1.26, 1.3), 0), ((0.5, 0.9, 0.4), 3)])
+def test_a_start_that_a_search_chose_must_be_clearly_better(after: tuple[float, ...], best: int) -> None:
+    divergences = iter((1.0, *after))
+    case = Case.of(PLANS["int8"])
+    found = case.recover(measure=lambda network: Measurement(0.5, next(divergences), 1, 1))
+    assert found.best == best and len(found.scores) == 4
 
 
 def test_minutes_become_steps(monkeypatch: pytest.MonkeyPatch) -> None:

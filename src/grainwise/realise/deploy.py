@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grainwise.graph.forward import Forward
 from grainwise.graph.skeleton import JOINS, POINTS, Skeleton, Sum
@@ -79,17 +79,9 @@ def set_ranges(model: nn.Module, skeleton: Skeleton, calibration: Sequence[Any],
             forward(model, batch)
         for point in points:
             point.settle()
-    fix_grids(model, skeleton)
-    _settle_sums(model, skeleton)
-
-
-@torch.no_grad()
-def fix_grids(model: nn.Module, skeleton: Skeleton) -> None:
-    """Tell each 8-bit stage the ranges around it and round its bias to the grid of its sums, in place. Changes nothing
-    where nothing changed since the last call.
-    """
-    for source, stage, result in _static_stages(model, skeleton):
-        _fix_grid(source, stage, result)
+        for source, stage, result in _static_stages(model, skeleton):
+            _fix_grid(source, stage, result)
+        _settle_sums(model, skeleton)
 
 
 def fold_norms(model: nn.Module, skeleton: Skeleton) -> None:
@@ -128,15 +120,6 @@ def _settle_sums(model: nn.Module, skeleton: Skeleton) -> None:
             model.set_submodule(f"{JOINS}.{join.name}", EightBitSum(*settled))
 
 
-def least_scale(bias: Tensor, x_scale: Tensor, packed: PackedWeight) -> Tensor:
-    """`[S]`: scales below which a bias `[O]` would need sums beyond int32. A channel whose weights all but vanish has
-    its scale raised to that, the weights with it.
-    """
-    least = bias.abs() / (LARGEST_BIAS * x_scale) * (2.0 if packed.bits == 2 else 1.0)
-    assert packed.scale is not None
-    return least if len(packed.scale) > 1 else least.max().reshape(1)
-
-
 def _fix_grid(source: EightBit, stage: StaticConv1d | StaticConv2d, result: EightBit) -> None:
     """Tell a stage the scales of its input and output, and round its bias to the grid of its sums."""
     stage.x_scale.copy_(source.scale)
@@ -145,7 +128,9 @@ def _fix_grid(source: EightBit, stage: StaticConv1d | StaticConv2d, result: Eigh
         return
     packed = stage.packed
     assert isinstance(packed, PackedWeight) and packed.scale is not None
-    packed.scale.copy_(torch.maximum(packed.scale, least_scale(stage.bias, source.scale, packed).half()))
+    # A channel whose weights all but vanish would need sums beyond int32: its scale is raised, the weights with it.
+    least = stage.bias.abs() / (LARGEST_BIAS * source.scale) * (packed.scale / packed.row_scale())
+    packed.scale.copy_(torch.maximum(packed.scale, (least if len(packed.scale) > 1 else least.max()).half()))
     refresh(stage)
     unit = source.scale * packed.row_scale()
     stage.bias.copy_((stage.bias / unit).round() * unit)

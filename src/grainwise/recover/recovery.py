@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from grainwise.graph.forward import Forward
 from grainwise.graph.skeleton import Skeleton
-from grainwise.realise.deploy import fix_grids, set_ranges
+from grainwise.realise.deploy import set_ranges
 from grainwise.realise.reference import fingerprint
 from grainwise.recover.batches import TrainingBatches
 from grainwise.recover.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from grainwise.recover.signals import StopFlag, stop_flag
 from grainwise.recover.step import Distillation, NotFinite, Student, train_step
 from grainwise.study.measurement import Measurement
 
+FLATTERED = 1.25  # times its divergence: a start that a search chose on the very samples that it is measured on
 PROBE = 8  # steps that are timed before minutes become a number of steps
 
 Score = Callable[[nn.Module], Measurement]
@@ -47,19 +48,15 @@ class Trainee:
     def settle(self) -> None:
         """Make the network what the shadows say, with ranges set anew: what can be deployed."""
         self.student.store()
-        if self.skeleton is None:
-            return
-        network = self.student.network
-        set_ranges(network, self.skeleton, self.calibration, self.forward)
-        self.student.store()  # new ranges may raise the scales of channels that all but vanish
-        fix_grids(network, self.skeleton)
+        if self.skeleton is not None:
+            set_ranges(self.student.network, self.skeleton, self.calibration, self.forward)
 
 
 @dataclass
 class Progress:
     """Where a run stands: batches done of the present epoch, steps in all, seconds of training. total: steps of the
     whole run, None while that is not known. last: SHA-256 of the last batch. losses: of every step. scores: measured
-    after each epoch, first of all at the start. best: number of the score of lowest divergence.
+    after each epoch, first of all at the start. best: number of the score that is to be kept.
     """
 
     epoch: int = 0
@@ -75,7 +72,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What a recovery gave: the figures of the best network seen are `scores[best]`; 0 is the start."""
+    """What a recovery gave: the figures of the network that was kept are `scores[best]`; 0 is the start."""
 
     losses: tuple[float, ...]
     scores: tuple[dict[str, float], ...]
@@ -107,7 +104,8 @@ def recover(
     resume: bool = False,
     watch: Watch = lambda done, total, note: None,
 ) -> Recovered:
-    """Train the candidate's network, and leave it as the best of its states on the search split, the start among them.
+    """Train the candidate's network, and leave it in the state after the epoch of lowest divergence on the search
+    split, or as it was where that is more than `FLATTERED` times what it was.
 
     folder: where a checkpoint is kept while it runs. resume: go on from it, to the same losses as an uncut run.
 
@@ -197,7 +195,8 @@ class _Run:
         """Measure the network; remember it if it is the best so far."""
         at, found = self._at, self._score(self._network)
         at.scores.append({"step": at.step, "divergence": found.divergence, "metric": found.metric})
-        if found.divergence < at.scores[at.best]["divergence"]:
+        bar = at.scores[at.best]["divergence"] * (1.0 if at.best else FLATTERED)
+        if len(at.scores) > 1 and found.divergence < bar:
             at.best = len(at.scores) - 1
             self._best = _state(self._network)
         self._watch(at.step, at.total or 0, self._said())

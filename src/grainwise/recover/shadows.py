@@ -11,11 +11,10 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from grainwise.methods.activations import StaticConv1d, StaticConv2d, rounded
+from grainwise.methods.activations import rounded
 from grainwise.methods.layers import GroupedLinear, realisation_of, refresh
 from grainwise.methods.storage import CENTRE, PackedWeight, decode_support, spread_scales, storable
 from grainwise.plan.target import Realisation
-from grainwise.realise.deploy import least_scale
 from grainwise.realise.norms import FrozenNorm
 
 LargestCode = Callable[[Realisation, int], float]
@@ -124,15 +123,6 @@ class PackedShadow(Shadow):
             start = packed.scale.float().log()
             self.scale = Learnt(start, torch.full_like(start, (len(start) / packed.kept) ** 0.5))
 
-    def _scales(self, bias: Tensor | None) -> Tensor:
-        """`[S]`, float32 of float16 values."""
-        assert self.scale is not None
-        (layer,), (packed,) = self._layer, self._packed
-        scale = self.scale().exp()
-        if bias is not None and isinstance(layer, StaticConv1d | StaticConv2d):
-            scale = torch.maximum(scale, least_scale(bias.detach(), layer.x_scale, packed))
-        return _as_stored(scale)
-
     def _levels(self, wide: Tensor) -> Tensor:
         """`[R, C]`: codes counted from that of zero; wide: the scale of each weight."""
         centre = CENTRE[self._packed[0].bits]
@@ -145,7 +135,7 @@ class PackedShadow(Shadow):
         if self.scale is None:
             dense = self.values()
         else:
-            found[f"{self.path}.packed.scale"] = scale = self._scales(found.get(f"{self.path}.bias"))
+            found[f"{self.path}.packed.scale"] = scale = _as_stored(self.scale().exp())
             assert packed.precision.granularity is not None
             wide = spread_scales(scale, packed.stage.geometry, packed.precision.granularity)
             dense = self._levels(wide) * wide
@@ -158,18 +148,17 @@ class PackedShadow(Shadow):
     @torch.no_grad()
     def store(self) -> None:
         (layer,), (packed,) = self._layer, self._packed
-        bias = None if self.bias is None else self.bias()
         if self.scale is None:
             packed.store(self.values(), None, self.keep)
         else:
             assert packed.precision.granularity is not None
-            scale = self._scales(bias)
+            scale = _as_stored(self.scale().exp())
             wide = spread_scales(scale, packed.stage.geometry, packed.precision.granularity)
             codes = self._levels(wide) + CENTRE[packed.bits]
             packed.store(codes.to(torch.uint8), scale.half(), self.keep)
         refresh(layer)
-        if bias is not None:
-            layer.bias.copy_(bias)  # type: ignore[operator]
+        if self.bias is not None:
+            layer.bias.copy_(self.bias())  # type: ignore[operator]
 
 
 class _AsStored(torch.autograd.Function):
