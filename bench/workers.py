@@ -3,8 +3,8 @@
     python -m bench.workers [--network resnet20] [--evaluations 64] [--workers 1 2] [--rounds 3]
 
 Profiles of a random search within an eighth of the size, target `packed`, one thread for each process; their layers are
-solved before the clock starts, and workers have started. Every way runs in turn, `rounds` times, on new profiles in each
-round and some before the first; medians are reported.
+solved before the clock starts, and workers have started. Every way runs in turn, `rounds` times, on new profiles in
+each round and some before the first; medians are reported.
 Outcomes must be the same to the last bit. memory_kb: what a worker has of its own (anonymous pages) after the
 evaluations, beside that of this process. Writes bench/results/workers.json.
 """
@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
