@@ -56,9 +56,7 @@ def own_kilobytes(pid: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Anonymous:", "Swap:")))
 
 
-def measure(
-    session: Session, profiles: Mapping[int, Mapping[str, Entry]], workers: list[int], rounds: int
-) -> list[Any]:
+def measure(session: Session, rounds: Sequence[Profiles], workers: Sequence[int]) -> list[dict[str, Any]]:
     pools: dict[str, Pool] = {"this process": Inline(session.evaluator)}
     pools |= {f"{count} workers": Processes(session.evaluator, count) for count in workers}
     seconds: dict[str, list[float]] = {name: [] for name in pools}
