@@ -3,7 +3,8 @@
     python -m bench.workers [--network resnet20] [--evaluations 64] [--workers 1 2] [--rounds 3]
 
 Profiles of a random search within an eighth of the size, target `packed`, one thread for each process; their layers are
-solved before the clock starts, and workers have started. Every way runs in turn, `rounds` times; medians are reported.
+solved before the clock starts, and workers have started. Every way runs in turn, `rounds` times, on new profiles in
+each round and some before the first; medians are reported.
 Outcomes must be the same to the last bit. memory_kb: what a worker has of its own (anonymous pages) after the
 evaluations, beside that of this process. Writes bench/results/workers.json.
 """
@@ -14,7 +15,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,15 +56,13 @@ def own_kilobytes(pid: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Anonymous:", "Swap:")))
 
 
-def measure(
-    session: Session, profiles: Mapping[int, Mapping[str, Entry]], workers: list[int], rounds: int
-) -> list[Any]:
+def measure(session: Session, rounds: Sequence[Profiles], workers: Sequence[int]) -> list[dict[str, Any]]:
     pools: dict[str, Pool] = {"this process": Inline(session.evaluator)}
     pools |= {f"{count} workers": Processes(session.evaluator, count) for count in workers}
     seconds: dict[str, list[float]] = {name: [] for name in pools}
-    truth: dict[int, Outcome] = {}
     rows = []
-    for number in range(rounds + 1):  # the first one starts and warms them
+    for number, profiles in enumerate(rounds):  # the first one starts and warms them
+        truth: dict[int, Outcome] = {}
         for name, pool in pools.items():
             taken, outcomes = run(pool, profiles)
             truth = truth or outcomes
@@ -71,7 +70,7 @@ def measure(
                 raise RuntimeError(f"{name} gave other figures than this process")
             seconds[name] += [taken] if number else []
     for name, pool in pools.items():
-        row: dict[str, Any] = {"pool": name, "evaluations_per_second": round(len(profiles) / median(seconds[name]), 3)}
+        row: dict[str, Any] = {"pool": name, "evaluations_per_second": round(len(rounds[0]) / median(seconds[name]), 3)}
         if isinstance(pool, Processes):
             row["memory_kb"] = [own_kilobytes(pid) for pid in pool.processes()]
         rows.append({**row, "seconds": [round(s, 2) for s in seconds[name]]})
@@ -90,15 +89,20 @@ def main() -> None:
     model, data = NETWORKS[given.network]
     session = Session.prepare(model(), data(), target="packed", sharing=Sharing(measurements=False))
     searcher = RandomSearcher(session.projection(session.budgets({"size": 0.125})), seed=0)
-    profiles = {number: proposal.entries for number, proposal in enumerate(searcher.ask(given.evaluations))}
-    run(Inline(session.evaluator), profiles)  # solves their layers
+    rounds = [
+        {number: proposal.entries for number, proposal in enumerate(searcher.ask(given.evaluations))}
+        for _ in range(given.rounds + 1)
+    ]
+    for profiles in rounds:  # layers are solved, nothing else is kept
+        run(Inline(session.evaluator), profiles)
+    session.evaluator.__dict__.pop("prefixes", None)
     shared = Shared(session.evaluator)
     body = {
         "command": f"python -m bench.workers --network {given.network} --evaluations {given.evaluations}",
         "machine": f"{device_name()}, {os.cpu_count()} cores, torch {torch.__version__}, 1 thread each",
         "shared_kb": shared.bytes // 1024,
         "this_process_kb": own_kilobytes(os.getpid()),
-        "rows": measure(session, profiles, given.workers, given.rounds),
+        "rows": measure(session, rounds, given.workers),
     }
     shared.close()
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
