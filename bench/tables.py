@@ -247,7 +247,7 @@ def deploy() -> str:
 def _deployed(part: dict[str, Any]) -> str:
     races = part["races"]
     times = {(number, file["name"]): file for number, race in enumerate(races) for file in race["files"]}
-    reference = part["rows"][0]
+    reference, compared = part["rows"][0], any("test_samples" in row for row in part["rows"])
     head = ["file", "metric", "drop, points", "bytes", "size", *(f"time, batch {race['batch']}" for race in races)]
     lines = [
         [
@@ -258,6 +258,7 @@ def _deployed(part: dict[str, Any]) -> str:
             f"{row['size_ratio']:.4f}",
             *(f"{times[number, row['name']]['latency_ratio']:.3f}" for number in range(len(races))),
             row["kernels"] or "none",
+            *([_same_class(row)] if compared else []),
         ]
         for row in part["rows"]
         if "failed" not in row
@@ -275,12 +276,16 @@ def _deployed(part: dict[str, Any]) -> str:
     duels = duel(files, first["noise"])
     parts = [
         f"### {part['title']}",
-        _table([*head, "8-bit kernels"], lines),
+        _table([*head, "8-bit kernels", *(["module in the same class"] if compared else [])], lines),
         *failed,
         *([duels] if duels else []),
         note,
     ]
     return "\n\n".join(parts)
+
+
+def _same_class(row: dict[str, Any]) -> str:
+    return f"{row['test_same_class']:,} of {row['test_samples']:,}" if "test_samples" in row else "—"
 
 
 def recover() -> str:

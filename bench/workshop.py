@@ -18,8 +18,11 @@ from grainwise.api import SearchOptions, make_reward, make_searcher
 from grainwise.bench import REFERENCE, Contest
 from grainwise.calibrate import with_latency
 from grainwise.evaluate.data import Data
+from grainwise.evaluate.deployed import outputs_in
+from grainwise.evaluate.evaluator import outputs_of
 from grainwise.evaluate.measures import Metric
 from grainwise.export.manifest import MODEL
+from grainwise.export.runtime import open_session
 from grainwise.leaders import Infeasible, aimed, choose
 from grainwise.plan.choices import Entry, Method
 from grainwise.plan.profile import entries_to_json
@@ -191,7 +194,16 @@ class Workshop:
         figures = result.figures()
         extra = {ours: figures[theirs] for theirs, ours in MODULE.items()}
         extra |= {"made_at_ratio": figures["latency_ratio"], "trials": result.trials}
-        return (directory / MODEL).read_bytes(), extra
+        content = (directory / MODEL).read_bytes()
+        return content, extra | self._compared(content, result.model)
+
+    def _compared(self, content: bytes, module: nn.Module) -> Row:
+        """Samples of the test split, and those of them that file and module put into the same class."""
+        evaluator, test = self.session.evaluator, self.session.splits.test
+        assert evaluator.marked is not None
+        file = outputs_in(open_session(content), test, evaluator.marked.skeleton.inputs)
+        ours = outputs_of(module, test, evaluator.forward).numpy()
+        return {"test_samples": len(ours), "test_same_class": int((file.argmax(-1) == ours.argmax(-1)).sum())}
 
     def run(self, order: Order) -> Row:
         """The row of an order, from the results file or made now; either way its file lies in the folder."""
