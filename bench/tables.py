@@ -65,7 +65,7 @@ def controller() -> str:
         by_variant.setdefault(found["variant"], []).append(found)
 
     def mean(rows: list[dict[str, Any]], name: str) -> float:
-        return statistics.mean(row.get(name, float("nan")) for row in rows)
+        return float(statistics.mean(row.get(name, float("nan")) for row in rows))
 
     def text(rows: list[dict[str, Any]], name: str, digits: int, scale: float = 1) -> str:
         values = [scale * row.get(name, float("nan")) for row in rows]
