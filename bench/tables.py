@@ -313,8 +313,8 @@ def _recovered(task: dict[str, Any]) -> str:
     for row in task["rows"]:
         by_epochs.setdefault(row["epochs"], []).append(drop(row["after"]))
     means = "; ".join(
-        f"epochs {epochs}: drop {statistics.mean(drops):.2f} ± "
-        f"{statistics.stdev(drops) if len(drops) > 1 else 0:.2f} points, seeds {len(drops)}"
+        f"epochs {epochs}: drop {statistics.mean(drops):.2f}"
+        + (f" ± {statistics.stdev(drops):.2f} points, seeds {len(drops)}" if len(drops) > 1 else " points, one seed")
         for epochs, drops in by_epochs.items()
     )
     note = (
