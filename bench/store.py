@@ -51,7 +51,7 @@ def fill(url: str, first: int, trials: int, told: Queue[tuple[list[float], str]]
         for number in range(first, first + trials):
             start = time.monotonic()
             entries = profile(20, number)
-            store.start("together", [number], f"worker {first}", time.time())
+            store.start("together", {number: f"worker {first}"}, time.time())
             store.add("together", trial(number, entries, f"worker {first}"))
             seconds.append(time.monotonic() - start)
         told.put((seconds, ""))
@@ -100,9 +100,9 @@ def overhead(url: str, layers: int, batches: int) -> dict[str, Any]:
         profiles = {number: profile(layers, number) for number in range(first, first + BATCH)}
         start, processor = time.monotonic(), time.process_time()
         store.queue("alone", [Task(number, entries, "controller", first) for number, entries in profiles.items()])
-        store.start("alone", list(profiles), "worker", time.time())
+        store.start("alone", dict.fromkeys(profiles, "worker"), time.time())
         for number, entries in profiles.items():
-            store.add("alone", trial(number, entries, "worker"), key=f"{number:064}")
+            store.add("alone", trial(number, entries, "worker"), keys={number: f"{number:064}"})
         store.save_checkpoint("alone", Checkpoint(first + BATCH, {"rng": 1}, bytes(STATE_BYTES)))
         wall.append((time.monotonic() - start) / BATCH)
         cpu.append((time.process_time() - processor) / BATCH)
