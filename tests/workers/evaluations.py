@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry
 from grainwise.study.measurement import Failure, Measurement, Outcome
-from grainwise.workers.pool import Entries
+from grainwise.workers.pool import Begun, Entries, Judged, Pool
 
 PROFILES = {number: {"a": Entry(STRUCTURES[number % 9], PRECISIONS[number % 3])} for number in range(7)}
 
@@ -30,6 +31,14 @@ def unknown(key: str) -> None:
 
 def never() -> bool:
     return False
+
+
+def nobody(hands: Mapping[int, str]) -> None:
+    return None
+
+
+def all_of(pool: Pool, profiles: Mapping[int, Entries], begun: Begun = nobody) -> list[Judged]:
+    return [judged for ended in pool.run(profiles, unknown, begun, never) for judged in ended]
 
 
 class Troubled:

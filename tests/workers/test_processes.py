@@ -20,11 +20,10 @@ from tests.workers.evaluations import (
     Troubled,
     Unreadable,
     Watched,
+    all_of,
     broken,
     by_text,
-    never,
     own_kilobytes,
-    unknown,
 )
 from tests.workers.pool_contract import PoolContract
 
@@ -36,7 +35,7 @@ class TestProcesses(PoolContract):
 
 def judged(troubled: Troubled, limit: float | None = None) -> dict[int, Outcome]:
     with closing(Processes(troubled, 2, limit)) as pool:
-        found = list(pool.run(PROFILES, unknown, lambda numbers, worker: None, never))
+        found = all_of(pool, PROFILES)
     assert len(found) == len(PROFILES)
     return {each.number: each.outcome for each in found}
 
@@ -62,7 +61,7 @@ def test_workers_map_one_copy_and_write_to_their_own_pages() -> None:
     watched = Watched()
     assert own_kilobytes(watched.weights.data_ptr()) > 60_000  # what a copy would have
     with closing(Processes(watched, 1)) as pool:
-        for judged in pool.run(PROFILES, unknown, lambda numbers, worker: None, never):
+        for judged in all_of(pool, PROFILES):
             assert isinstance(judged.outcome, Measurement) and judged.outcome.size_bytes < 100
     assert float(watched.weights[0]) == 1.0
 
@@ -71,7 +70,7 @@ def test_a_killed_search_leaves_no_workers(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         pool = Processes(Troubled(tmp_path, "hangs", times=9), 1)
-        list(pool.run({3: PROFILES[3]}, unknown, lambda numbers, worker: None, never))
+        all_of(pool, {3: PROFILES[3]})
         os._exit(0)
     while not (tmp_path / "3").exists() or not (tmp_path / "3").read_text().endswith("\n"):
         time.sleep(0.05)
@@ -88,7 +87,7 @@ def test_a_killed_search_leaves_no_workers(tmp_path: Path) -> None:
 
 def test_faults_are_told() -> None:
     with closing(Processes(broken, 1)) as pool, pytest.raises(KeyError, match="a fault of the evaluation itself"):
-        list(pool.run(PROFILES, unknown, lambda numbers, worker: None, never))
+        all_of(pool, PROFILES)
     with pytest.raises(ValueError, match="at least one worker, got 0"):
         Processes(by_text, 0)
     with pytest.raises(ValueError, match="above 0, got -1"):
@@ -97,7 +96,7 @@ def test_faults_are_told() -> None:
 
 def test_a_worker_that_does_not_start_is_told() -> None:
     with closing(Processes(Unreadable(), 1)) as pool, pytest.raises(RuntimeError, match="does not start"):
-        list(pool.run(PROFILES, unknown, lambda numbers, worker: None, never))
+        all_of(pool, PROFILES)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from safetensors.torch import load as load_tensors
@@ -132,8 +132,8 @@ def search(
         late = budget.seconds is not None and time.monotonic() - start >= budget.seconds
         return late or (budget.evaluations is not None and told >= budget.evaluations)
 
-    def begun(numbers: Sequence[int], worker: str) -> None:
-        store.start(study, numbers, worker, time.time())
+    def begun(hands: Mapping[int, str]) -> None:
+        store.start(study, hands, time.time())
 
     while not spent():
         if stop():
@@ -143,11 +143,13 @@ def search(
         tasks = {number: Task(number, p.entries, p.source, told) for number, p in proposals}
         new = {number: task.entries for number, task in tasks.items() if not _known(study, task, stored)}
         store.queue(study, [tasks[number] for number in new])
-        for judged in pool.run(new, store.measurement, begun, stop):
-            trial = judge(tasks[judged.number], judged)
-            store.add(study, trial, key=judge.key(trial.entries))
-            stored[trial.number] = trial
-            observer(trial)
+        for ended in pool.run(new, store.measurement, begun, stop):
+            trials = {judged.number: judge(tasks[judged.number], judged) for judged in ended}
+            keys = {number: judge.key(trial.entries) for number, trial in trials.items()}
+            store.add(study, *trials.values(), keys=keys)
+            stored |= trials
+            for trial in trials.values():
+                observer(trial)
         if tasks.keys() <= stored.keys():  # else it was stopped
             # A stored profile names compressed layers only, a searcher knows all.
             searcher.tell([replace(stored[number], entries=task.entries) for number, task in tasks.items()])
