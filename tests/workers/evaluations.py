@@ -64,6 +64,22 @@ class Troubled:
         return len((self.folder / str(number)).read_text().splitlines())
 
 
+class Slow:
+    """Leaves a line in `folder` for each evaluation, which takes `seconds`."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder, self.seconds = folder, seconds
+
+    def __call__(self, entries: Entries) -> Outcome:
+        with (self.folder / "log").open("a") as lines:
+            lines.write(f"{os.getpid()}\n")
+        time.sleep(self.seconds)
+        return by_text(entries)
+
+    def evaluations(self) -> int:
+        return len((self.folder / "log").read_text().splitlines())
+
+
 class Watched:
     """64 MB of weights; an evaluation reads all, writes to one, and tells how many kB are this process's own."""
 

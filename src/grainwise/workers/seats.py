@@ -69,11 +69,11 @@ class Seats:
         stored = {number: entries for number, entries in profiles.items() if self._known(entries, known)}
         yield from Inline(self._evaluate).run(stored, known, begun, stop)
         order = sorted(profiles.keys() - stored.keys(), key=lambda number: list(map(str, profiles[number].values())))
-        hands, idle, lost = _Hands(order, self._seats), list(self._seats), Counter[int]()
+        hands, idle, lost = _Hands(order, self._seats), list(self._seats), Counter[int | str]()
         running: dict[Future[Answer], _Given] = {}
         try:
             while running or (hands and not stop()):
-                ready = [] if not hands or stop() else [seat for seat in idle if seat.process.done()]
+                ready = [] if not hands or stop() else [seat for seat in idle if self._started(seat, lost)]
                 if dealt := {seat.name: (seat, hands.take(seat)) for seat in ready[: len(hands)]}:
                     begun({number: name for name, (_, number) in dealt.items()})
                 for seat, number in dealt.values():
@@ -94,6 +94,17 @@ class Seats:
             for given in running.values():  # the search was cut: what these answer is for nobody
                 given.seat.replace()
 
+    def _started(self, seat: Seat, lost: Counter[int | str]) -> bool:
+        """Whether a process has started, or cannot; one that was lost before it had, with its node, is replaced."""
+        if not seat.process.done():
+            return False
+        fault = seat.process.exception()
+        if fault is None or not seat.lost(fault) or lost[seat.name] == RETRIES:
+            return True
+        lost[seat.name] += 1
+        seat.replace()
+        return False
+
     def _known(self, entries: Entries, known: Known) -> bool:
         key = self._evaluate.key(entries) if isinstance(self._evaluate, EvaluatesMany) else ""
         return bool(key) and known(key) is not None
@@ -107,7 +118,7 @@ class Seats:
         now = time.monotonic()
         return [future for future, given in running.items() if future.done() or given.late <= now]
 
-    def _judged(self, future: Future[Answer], given: _Given, lost: Counter[int]) -> Judged | None:
+    def _judged(self, future: Future[Answer], given: _Given, lost: Counter[int | str]) -> Judged | None:
         """The answer; None when its worker was lost and the profile is to be tried again."""
         fault = future.exception() if future.done() else None
         if future.done() and (fault is None or not given.seat.lost(fault)):
