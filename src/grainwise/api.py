@@ -213,7 +213,7 @@ def compress(
 def pool_of(
     session: Session, kind: str | None, workers: int | None, limit_seconds: float | None, address: str | None
 ) -> Iterator[Pool]:
-    """Where a search evaluates, until it ends. Raises ValueError for an unknown pool, fewer than 1 worker or no time."""
+    """Where a search evaluates, until it ends. Raises ValueError for an unknown pool, or what it does not take."""
     evaluate = session.evaluator
     alone = workers in (None, 1) and limit_seconds is None
     match kind or ("inline" if alone else "processes"):

@@ -29,22 +29,18 @@ class PoolContract:
 
     def test_each_profile_is_judged_once(self, pool: Callable[[Evaluate], Pool]) -> None:
         given: list[int] = []
-        found = all_of(pool(often_fails), PROFILES, lambda hands: given.extend(hands))
+        found = all_of(pool(often_fails), PROFILES, given.extend)
         assert {j.number: j.outcome for j in found} == {n: often_fails(p) for n, p in PROFILES.items()}
         assert len(found) == len(PROFILES) and sorted(given) == list(PROFILES)
         assert all(j.seconds >= 0 and j.started > 1e9 and j.worker for j in found)
 
     def test_what_has_begun_is_finished_when_it_is_stopped(self, pool: Callable[[Evaluate], Pool]) -> None:
-        seen: list[Judged] = []
-        seen.extend(self._until(pool(by_text), seen, 2))
-        assert 2 <= len(seen) < len(PROFILES)
-
-    def _until(self, pool: Pool, seen: list[Judged], count: int) -> list[Judged]:
         taken: list[Judged] = []
-        for ended in pool.run(PROFILES, unknown, nobody, lambda: len(taken) >= count):
-            taken += ended
-        assert not all_of(pool, {})
-        return taken
+        made = pool(by_text)
+        for ended in made.run(PROFILES, unknown, nobody, lambda: len(taken) >= 2):
+            taken.extend(ended)
+        assert 2 <= len(taken) < len(PROFILES)
+        assert not all_of(made, {})
 
     def test_a_pool_is_used_again_after_a_run_that_was_left(self, pool: Callable[[Evaluate], Pool]) -> None:
         made = pool(by_text)

@@ -166,7 +166,9 @@ def search(
         return {"constraints": constraints, "target": target, "budget": budget, "options": options, "resume": False}
 
     own = {"--reward": reward} if ":" in reward else {}
-    _Run(study, store, model, data, metric, forward, workers, pool, address, limit, threads, out, as_json).go(order, own)
+    _Run(study, store, model, data, metric, forward, workers, pool, address, limit, threads, out, as_json).go(
+        order, own
+    )
 
 
 def resume(
@@ -200,7 +202,9 @@ def resume(
         return {**settings, "options": options, "resume": True}
 
     own = {name: word for name, word in (("--reward", reward), ("--budget", budget)) if word is not None}
-    _Run(study, store, model, data, metric, forward, workers, pool, address, limit, threads, out, as_json).go(order, own)
+    _Run(study, store, model, data, metric, forward, workers, pool, address, limit, threads, out, as_json).go(
+        order, own
+    )
 
 
 def _show(result: Result, constraints: dict[str, float], out: Path | None, as_json: bool) -> None:

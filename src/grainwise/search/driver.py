@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -14,7 +15,7 @@ from grainwise.interrupt import Stopped
 from grainwise.plan.choices import NONE, UNCOMPRESSED, Entry
 from grainwise.plan.layers import LayerGraph
 from grainwise.search.searcher import Searcher
-from grainwise.store.studies import Checkpoint, Store
+from grainwise.store.studies import Checkpoint, Store, StoreError
 from grainwise.study.measurement import Failure, Measurement
 from grainwise.study.reward import Reward
 from grainwise.study.trial import Task, Trial
@@ -176,5 +177,8 @@ def _restore(searcher: Searcher, store: Store, study: str) -> int:
     checkpoint = store.checkpoint(study)
     if checkpoint is None:
         return 0
-    searcher.restore(load_tensors(checkpoint.tensors), checkpoint.body)
+    try:
+        searcher.restore(load_tensors(checkpoint.tensors), checkpoint.body)
+    except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise StoreError(f"the checkpoint of study {study!r} is none of its searcher's: {error}") from error
     return checkpoint.trials

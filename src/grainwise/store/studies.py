@@ -47,6 +47,7 @@ _WAITING = (
 )
 _START = update(_TRIALS).where(*_WAITING).values(state=State.RUNNING, worker=bindparam("hand"), started=bindparam("at"))
 _FINISH = update(_TRIALS).where(*_WAITING, _TRIALS.c.worker == bindparam("hand"), _TRIALS.c.seal == bindparam("asked"))
+_INSERT = insert(_TRIALS)
 _KEEP = {
     "sqlite": sqlite.insert(_MEASUREMENTS).on_conflict_do_nothing(),
     "postgresql": postgresql.insert(_MEASUREMENTS).on_conflict_do_nothing(),
@@ -143,8 +144,8 @@ class Store:
         except SQLAlchemyError as error:
             reason = advice(error, self._engine.url)
             raise StoreError(f"the store {self.url} could not be read or written: {reason}") from error
-        except (ValueError, TypeError, KeyError) as error:  # a column that is not what its table says
-            raise self._damaged(str(error).splitlines()[0]) from error
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # not what its table says
+            raise self._damaged(advice(error, self._engine.url)) from error
 
     def _damaged(self, fault: str) -> StoreError:
         return StoreError(f"the store {self.url} is damaged ({fault}); {recovery(self._engine.url)}")
@@ -212,7 +213,9 @@ class Store:
         """
         with self._session(write=True) as session:
             study, connection = self._id(session, name), session.connection()
-            measured = {keys[t.number]: t.measurement for t in trials if t.measurement is not None and keys.get(t.number)}
+            measured = {
+                keys[t.number]: t.measurement for t in trials if t.measurement is not None and keys.get(t.number)
+            }
             if measured:
                 rows = [kept(key, measurement) for key, measurement in measured.items()]
                 connection.execute(_KEEP[connection.dialect.name], rows)
@@ -222,7 +225,7 @@ class Store:
                 if _changed(connection.execute(_FINISH.values(columns), row)):
                     continue
                 try:
-                    connection.execute(insert(_TRIALS), columns)  # of no queue
+                    connection.execute(_INSERT, columns)  # of no queue
                 except IntegrityError as error:
                     raise self._taken(name, trial.number) from error
 

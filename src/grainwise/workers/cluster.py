@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from concurrent.futures import Future
@@ -51,7 +52,7 @@ class _Seat:
         self._hire()
 
     def _hire(self) -> None:
-        actor = ray.remote(_Worker).options(num_cpus=self._threads, max_restarts=0, max_task_retries=0)
+        actor: Any = ray.remote(_Worker).options(num_cpus=self._threads, max_restarts=0, max_task_retries=0)
         self._actor = actor.remote(self._threads, self._packed)
         self.process: Future[int] = self._actor.pid.remote().future()
 
@@ -96,7 +97,7 @@ class Cluster(Seats):
         checked(1 if workers is None else workers, limit_seconds)
         threads = torch.get_num_threads()
         _join(address, (workers or os.cpu_count() or 1) * threads)
-        count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
+        count = workers or max(1, _processors() // threads)
         packed = Packed(evaluate)
         content = np.empty(packed.bytes, np.uint8)
         packed.write(content.data)
@@ -119,9 +120,14 @@ def _join(address: str | None, processors: int) -> None:
         host, _, port = (address or "").rpartition(":")
         if host:  # Ray itself would ask for minutes
             socket.create_connection((host, int(port)), _PATIENCE_SECONDS).close()
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, AuthenticationError, ValueError, RuntimeError) as error:
         raise RuntimeError(f"the Ray cluster {address or 'local'} cannot be joined: {_first_line(error)}") from error
+
+
+def _processors() -> int:
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return int(found.get("CPU", 1))
 
 
 def _first_line(error: BaseException) -> str:

@@ -82,7 +82,9 @@ class Inline:
         if stop() or not profiles:
             return
         numbers, worker = list(profiles), this_worker()
-        begun(dict.fromkeys(numbers, worker))  # all of them: layers of the whole batch are solved before its first profile runs
+        begun(
+            dict.fromkeys(numbers, worker)
+        )  # all of them: layers of the whole batch are solved before its first profile runs
         outcomes = iter(self._outcomes([profiles[number] for number in numbers], known))
         while not stop():
             wall, start = time.time(), time.monotonic()

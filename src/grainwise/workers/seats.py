@@ -55,7 +55,8 @@ class _Given:
 
 
 class Seats:
-    """The pool over seats. A profile whose worker was lost is given to another one, RETRIES times; then it is a Failure.
+    """The pool over seats. A profile whose worker was lost is given to another one, RETRIES times; then it is a
+    Failure.
 
     limit_seconds: of one evaluation; a worker that takes longer counts as lost.
     """
