@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -121,11 +122,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=500)
     parser.add_argument("--url", help="of an empty database")
     given = parser.parse_args()
+    load = os.getloadavg()[0]  # with other work on the machine, times are the disk's and the scheduler's
     with tempfile.TemporaryDirectory() as folder:
         url = given.url or f"sqlite:///{folder}/store.db"
         body = {
             "command": f"python -m bench.store --processes {given.processes} --trials {given.trials}",
-            "machine": device_name(),
+            "machine": f"{device_name()}, load {load:.1f} before",
             "database": url.partition(":")[0],
             "together": together(url, given.processes, given.trials),
             "alone": overhead(url, given.layers, 20),
