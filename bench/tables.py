@@ -400,7 +400,7 @@ def _peer(name: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def store() -> str:
-    bodies = _read("store.json")
+    bodies = _read("store")
     head = ["database", "errors", "trials/s", "p99, ms", "500 layers: ms a trial", "of these processor"]
     lines = []
     for name, body in bodies.items():
@@ -411,7 +411,7 @@ def store() -> str:
 
 
 def scaling() -> str:
-    body = _read("scaling.json")
+    body = _read("scaling")
     shares = ("efficiency", "waiting_for_batches", "driver_and_store")
     head = [
         "workers",

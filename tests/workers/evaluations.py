@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Mapping
@@ -33,6 +34,17 @@ def never() -> bool:
     return False
 
 
+def _swell() -> None:
+    """Asks for 64 GB where 1 GB more is to be had. Raises MemoryError."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, before[1]))
+    try:
+        bytearray(2**36)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def nobody(hands: Mapping[int, str]) -> None:
     return None
 
@@ -57,6 +69,7 @@ class Troubled:
                 "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
                 "hangs": lambda: time.sleep(600),
                 "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+                "swells": _swell,
             }[self.trouble]()
         return by_text(entries)
 

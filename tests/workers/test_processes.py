@@ -17,13 +17,17 @@ from grainwise.workers.pool import Evaluate, Pool
 from grainwise.workers.processes import Processes
 from tests.workers.evaluations import (
     PROFILES,
+    Slow,
     Troubled,
     Unreadable,
     Watched,
     all_of,
     broken,
     by_text,
+    never,
+    nobody,
     own_kilobytes,
+    unknown,
 )
 from tests.workers.pool_contract import PoolContract
 
@@ -38,6 +42,12 @@ def judged(troubled: Troubled, limit: float | None = None) -> dict[int, Outcome]
         found = all_of(pool, PROFILES)
     assert len(found) == len(PROFILES)
     return {each.number: each.outcome for each in found}
+
+
+def own_memory() -> int:
+    """kB of this process in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 TRUTH = {number: by_text(entries) for number, entries in PROFILES.items()}
@@ -107,3 +117,26 @@ def no_threads_are_left() -> Iterator[None]:
             return
         time.sleep(0.1)
     raise AssertionError(f"left: {threading.enumerate()}")
+
+
+def test_a_worker_that_runs_out_of_memory_costs_its_own_trial_alone(tmp_path: Path) -> None:
+    """Profile 3 asks for more than its process may have; the next one runs in a worker as before."""
+    before = own_memory()
+    found = judged(Troubled(tmp_path, "swells", times=9))
+    assert found == {**TRUTH, 3: Failure("evaluate", "out of memory")}
+    assert own_memory() < before + 50_000
+
+
+def test_many_kills_leave_each_trial_in_one_state(tmp_path: Path) -> None:
+    """Workers are killed in turn, 3 times in 14 profiles, while they evaluate; each kill costs one evaluation."""
+    slow, kills, found = Slow(tmp_path, 0.15), 0, list[int]()
+    profiles = {number: PROFILES[number % 7] for number in range(14)}
+    with closing(Processes(slow, 2)) as pool:
+        pool.processes()
+        for ended in pool.run(profiles, unknown, nobody, never):
+            found += [each.number for each in ended if each.outcome == TRUTH[each.number % 7]]
+            if len(found) // 4 > kills and kills < 3:
+                os.kill(int((tmp_path / "log").read_text().split()[-1]), signal.SIGKILL)
+                kills += 1
+    assert kills == 3 and sorted(found) == list(profiles)
+    assert slow.evaluations() <= len(profiles) + kills

@@ -177,5 +177,9 @@ def checked(workers: int, limit_seconds: float | None) -> None:
 def timed(evaluate: Evaluate, entries: Entries) -> Answer:
     """What a worker process answers."""
     wall, start = time.time(), time.monotonic()
-    outcome = evaluate(entries)
+    outcome: Outcome
+    try:
+        outcome = evaluate(entries)
+    except MemoryError as error:  # of this profile, and not a fault of the search
+        outcome = Failure("evaluate", str(error) or "out of memory")
     return outcome, wall, time.monotonic() - start
