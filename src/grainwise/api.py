@@ -222,7 +222,7 @@ def pool_of(
         case "inline":
             raise ValueError("the pool inline is this process: it takes no workers, no limit and no address")
         case "processes" if address is None:
-            pool = Processes(evaluate, workers or 1, limit_seconds)
+            pool = Processes(evaluate, 1 if workers is None else workers, limit_seconds)
         case "processes":
             raise ValueError(f"the pool processes is this machine alone; for {address} give --pool ray")
         case "ray":

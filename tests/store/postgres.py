@@ -56,7 +56,7 @@ def server(durable: bool = False) -> Iterator[str]:
             "UTF8",
             "--no-sync",
         ]
-        subprocess.run(made, check=True, capture_output=True, user=user, cwd=folder)
+        subprocess.run([str(word) for word in made], check=True, capture_output=True, user=user, cwd=folder)
         given = [*([] if durable else ["-F"]), "-D", f"{folder}/data", "-k", folder, "-h", "127.0.0.1", "-p", str(port)]
         with open(f"{folder}/log", "wb") as log:
             process = subprocess.Popen([programs / "postgres", *given], user=user, cwd=folder, stdout=log, stderr=log)
@@ -73,7 +73,7 @@ def server(durable: bool = False) -> Iterator[str]:
 def _wait(programs: Path, port: int, folder: Path) -> None:
     for _ in range(300):
         ready = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
-        if subprocess.run(ready, check=False).returncode == 0:
+        if subprocess.run([str(word) for word in ready], check=False).returncode == 0:
             return
         time.sleep(0.1)
     raise RuntimeError(f"PostgreSQL did not start in 30 s:\n{(folder / 'log').read_text()}")
