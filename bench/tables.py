@@ -69,8 +69,8 @@ def controller() -> str:
 
     def text(rows: list[dict[str, Any]], name: str, digits: int, scale: float = 1) -> str:
         values = [scale * row.get(name, float("nan")) for row in rows]
-        spread = statistics.stdev(values) if len(values) > 1 else 0
-        return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
 
     lines = [
         [
