@@ -1,4 +1,4 @@
-"""Adaptive compression: the profile of a network is decided anew after each epoch of a training loop of the user's own."""
+"""Adaptive compression: the profile of a network is decided anew after each epoch of the user's own training loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from grainwise.decision import Decider
 from grainwise.evaluate.data import Data, Splits
 from grainwise.evaluate.measures import Metric
 from grainwise.graph.forward import Forward, default_forward
-from grainwise.plan.choices import Entry
+from grainwise.plan.choices import UNCOMPRESSED, Entry
+from grainwise.plan.layers import Layer
 from grainwise.plan.prices import COSTS
 from grainwise.plan.profile import CompressionProfile, entries_from_json, entries_to_json
 from grainwise.plan.target import resolve_target
@@ -46,7 +47,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """What an epoch ended with. entries: in force from now on. source: what proposed them (`held`: the profile before,
+    """What an epoch ended with. entries: in force from now on, of the layers that they change. source: what proposed them (`held`: the profile before,
     tightened where it exceeded the budgets), None where nothing was decided. asked, given: shares of the uncompressed
     network's costs that were allowed, and that the profile has. divergence, metric: on some of the search split, when
     it was decided. seconds: of the decision.
@@ -154,9 +155,19 @@ class AdaptiveCompression:
         return self.history[-1].entries if self.history else self._fixed or {}
 
     @property
+    def layers(self) -> tuple[Layer, ...]:
+        """What is decided about, in the order in which it runs; empty where nothing is."""
+        return () if self._session is None else self._session.space.layers
+
+    @property
     def profile(self) -> CompressionProfile:
         """The profile in force, for the weights as they are."""
         return CompressionProfile(self.entries, fingerprint(self._model), self._splits.fingerprint, self._target)
+
+    def expects(self, epochs: float | None) -> None:
+        """Raises ValueError where a trainer is to go for another number of epochs than is left here."""
+        if epochs != self.epochs - self.epoch:
+            raise ValueError(f"the trainer is set to {epochs} epochs, the compression to {self.epochs - self.epoch}")
 
     def end_epoch(self) -> Epoch:
         """To be called after each epoch of training: decides, and keeps a checkpoint in the folder.
@@ -190,8 +201,7 @@ class AdaptiveCompression:
 
     def plot(self) -> str:
         """What was decided for each layer after each epoch, as an SVG document."""
-        layers = self._session.space.layers if self._session else ()
-        return timeline([layer.name for layer in layers], [epoch.entries for epoch in self.history])
+        return timeline([layer.name for layer in self.layers], [epoch.entries for epoch in self.history])
 
     # -- deciding
 
@@ -209,7 +219,7 @@ class AdaptiveCompression:
             asked = shares(self._constraints, number, self._options.decisions(self.epochs))
             found = decider.choose(self._dress, self.entries, session.budgets(asked))
         return Epoch(
-            found.entries,
+            {name: entry for name, entry in found.entries.items() if entry != UNCOMPRESSED},
             source=found.source,
             asked=asked,
             given=_given(session, found.entries),
@@ -236,8 +246,8 @@ class AdaptiveCompression:
                 )
         if not self._seen["batches"]:
             raise RecoveryError(
-                f"no batch went through the network in epoch {self.epoch + 1}: the training data ran dry; give a loader "
-                f"that can be read anew for each epoch{where}"
+                f"no batch went through the network in epoch {self.epoch + 1}: the training data ran dry; give a "
+                f"loader that can be read anew for each epoch{where}"
             )
 
     # -- checkpoints

@@ -79,7 +79,7 @@ class Decider:
 
     def keep(self, dress: Dress, entries: Mapping[str, Entry]) -> None:
         """Put on a profile for the weights as they are."""
-        dress.wear(begin(dress.network, self.snapshot(dress).evaluator.library, entries))
+        self._wear(dress, self.snapshot(dress), entries)
 
     def choose(self, dress: Dress, held: Mapping[str, Entry], budgets: Mapping[str, float]) -> Decision:
         """Choose a profile within absolute budgets, and put it on. held: the profile in force.
@@ -107,8 +107,12 @@ class Decider:
             trials += found
         self._policy, self._count = searcher.trainer.state(), self._count + 1
         chosen = self._chosen(trials, budgets)
-        self.keep(dress, chosen.entries)
+        self._wear(dress, now, chosen.entries)
         return chosen
+
+    @staticmethod
+    def _wear(dress: Dress, now: Session, entries: Mapping[str, Entry]) -> None:
+        dress.wear(begin(dress.network, now.evaluator.library, entries))
 
     def _judged(
         self, now: Session, proposals: Sequence[Proposal], budgets: Mapping[str, float], first: int

@@ -124,9 +124,7 @@ class Session:
             module, state = copy.deepcopy(skeleton.module), model.state_dict()
             module.load_state_dict({name: state.get(name, value) for name, value in module.state_dict().items()})
             skeleton = replace(skeleton, module=module)
-        reference = Reference.gather(
-            model, before.graph, before.calibration, before.forward, before.target, skeleton
-        )
+        reference = Reference.gather(model, before.graph, before.calibration, before.forward, before.target, skeleton)
         splits = replace(self.splits, search=search)
         ranked = self.evaluator
         sharing = replace(ranked.sharing, folder=None, measurements=False)

@@ -90,7 +90,9 @@ class LayerProblem:
 
     def __post_init__(self) -> None:
         g = self.geometry
-        expected = (g.inputs,) if g.kind is Kind.EMBEDDING else (g.groups, g.fan_in, g.fan_in)[: max(2, self.hessian.dim())]
+        expected = (
+            (g.inputs,) if g.kind is Kind.EMBEDDING else (g.groups, g.fan_in, g.fan_in)[: max(2, self.hessian.dim())]
+        )
         if tuple(self.weight.shape) != g.weight_shape:
             raise ValueError(f"weight of shape {tuple(self.weight.shape)} does not fit the geometry's {g.weight_shape}")
         if tuple(self.hessian.shape) != expected:

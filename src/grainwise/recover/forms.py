@@ -1,4 +1,4 @@
-"""What a layer computes with while its network trains compressed: a form of its dense weight, gradients straight through.
+"""What a layer computes with while its network trains compressed: a form of its dense weight.
 
 Letters: O, I channels, R x C the layer's weight matrix (`plan.layers.Geometry`) once channels are removed, S scales.
 """
@@ -33,7 +33,7 @@ class Grid:
     code, so that whoever quantises the result anew finds the same scales and codes.
 
     geometry: of the matrix. reach: largest distance of a code from that of zero. clip: `[S]` what the largest code is
-    worth, as a share of the largest weight, at most 1.
+    worth, as a share of the largest weight: so little above 1, at most, that this weight is rounded to that code.
     """
 
     geometry: Geometry
@@ -49,7 +49,7 @@ class Grid:
         assert packed.scale is not None and granularity is not None
         geometry = packed.stage.geometry
         clip = packed.scale.float() * reach / _largest(matrix, geometry, granularity)
-        return Grid(geometry, granularity, packed.bits, reach, clip.clamp(max=1.0))
+        return Grid(geometry, granularity, packed.bits, reach, clip.clamp(max=0.999 * reach / (reach - 0.5)))
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """`[R, C]` on the grid."""
@@ -92,10 +92,8 @@ class Form:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors for safetensors, and a body for JSON."""
-        tensors = {"places": self.places, "dead": self.dead, "clip": self.grid and self.grid.clip}
-        grid = None
-        if self.grid is not None:
-            grid = {**asdict(self.grid), "geometry": asdict(self.grid.geometry), "clip": None}
+        tensors = {"places": self.places, "dead": self.dead, "clip": None if self.grid is None else self.grid.clip}
+        grid = None if self.grid is None else {**asdict(self.grid), "clip": None}
         return {name: t for name, t in tensors.items() if t is not None}, {"shape": self.shape, "grid": grid}
 
     @staticmethod
@@ -103,10 +101,9 @@ class Form:
         """Inverse of `state`."""
         grid, (rows, columns) = body["grid"], body["shape"]
         if grid is not None:
-            lists = grid["geometry"].items()
-            geometry = Geometry(**{name: tuple(v) if isinstance(v, list) else v for name, v in lists})
+            geometry: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in grid["geometry"].items()}
             how = Granularity(grid["granularity"])
-            grid = Grid(geometry, how, grid["bits"], grid["reach"], tensors["clip"])
+            grid = Grid(Geometry(**geometry), how, grid["bits"], grid["reach"], tensors["clip"])
         return Form((rows, columns), tensors.get("places"), tensors.get("dead"), grid)
 
     def placed(self, weight: Tensor, matrix: Tensor) -> Tensor:

@@ -56,7 +56,9 @@ def _half(choice: Choice, x: int, y: int) -> list[str]:
     assert choice.level is not None
     levels = LEVELS[choice.method]
     strength = 0.35 + 0.65 * levels.index(choice.level) / (len(levels) - 1)
-    words = f'<text x="{x + _CELL // 4}" y="{y + 14}" text-anchor="middle">{choice.granularity:.2} {choice.level:g}</text>'
+    words = (
+        f'<text x="{x + _CELL // 4}" y="{y + 14}" text-anchor="middle">{choice.granularity:.2} {choice.level:g}</text>'
+    )
     return [f'<rect {area} fill="{_COLOURS[choice.method]}" fill-opacity="{strength:.2f}"/>', words]
 
 
