@@ -47,10 +47,10 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """What an epoch ended with. entries: in force from now on, of the layers that they change. source: what proposed them (`held`: the profile before,
-    tightened where it exceeded the budgets), None where nothing was decided. asked, given: shares of the uncompressed
-    network's costs that were allowed, and that the profile has. divergence, metric: on some of the search split, when
-    it was decided. seconds: of the decision.
+    """What an epoch ended with. entries: in force from now on, of the layers that they change. source: what proposed
+    them (`held`: the profile before, tightened where it exceeded the budgets), None where nothing was decided. asked,
+    given: shares of the uncompressed network's costs that were allowed, and that the profile has. divergence, metric:
+    on some of the search split, when it was decided. seconds: of the decision.
     """
 
     entries: Mapping[str, Entry]
@@ -74,7 +74,7 @@ class AdaptiveCompression:
     """Compresses a network while it is trained by a loop of the user's own.
 
     The layers of `model` compute with compressed weights; its parameters stay dense, and are what the user's optimiser
-    trains. After each epoch `end_epoch` reads the feature maps, asks the controller for profiles within the present
+    trains. After an epoch `end_epoch` reads the feature maps, asks the controller for profiles within the present
     budgets, measures them, and puts the best one on. Budgets fall from the whole network to the constraints; for the
     last third of the epochs (`options.settle`) the profile stays. `result` then really removes, packs and measures.
 
@@ -209,14 +209,15 @@ class AdaptiveCompression:
         session, decider = self._session, self._decider
         if session is None or decider is None:
             return Epoch({})
-        if number > self._options.decisions(self.epochs):
+        ends = self._options.ends(self.epochs)
+        if number not in ends:
             return Epoch(self.entries, given=_given(session, self.entries))
         start = time.monotonic()
         with seeded(self._options.seed):
             if self._fixed is not None:
                 decider.keep(self._dress, self._fixed)
                 return Epoch(self._fixed, given=_given(session, self._fixed), seconds=time.monotonic() - start)
-            asked = shares(self._constraints, number, self._options.decisions(self.epochs))
+            asked = shares(self._constraints, ends.index(number) + 1, len(ends))
             found = decider.choose(self._dress, self.entries, session.budgets(asked))
         return Epoch(
             {name: entry for name, entry in found.entries.items() if entry != UNCOMPRESSED},

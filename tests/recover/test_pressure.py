@@ -13,14 +13,26 @@ def test_pressure_rises_from_none_to_the_constraints() -> None:
     assert falling == sorted(falling, reverse=True)
 
 
-@pytest.mark.parametrize(("epochs", "settle", "expected"), [(12, 1 / 3, 8), (12, 0.0, 12), (1, 0.5, 1), (3, 0.9, 1)])
-def test_last_epochs_decide_nothing(epochs: int, settle: float, expected: int) -> None:
-    assert AdaptiveOptions(settle=settle).decisions(epochs) == expected
+@pytest.mark.parametrize(
+    ("epochs", "settle", "expected"),
+    [
+        (12, 1 / 3, (1, 2, 3, 4, 5, 6, 7, 8)),
+        (4, 0.0, (1, 2, 3, 4)),
+        (60, 1 / 3, (5, 10, 15, 20, 25, 30, 35, 40)),
+        (1, 0.5, (1,)),
+        (3, 0.9, (1,)),
+    ],
+)
+def test_few_epochs_end_with_a_decision_and_the_last_ones_never(
+    epochs: int, settle: float, expected: tuple[int, ...]
+) -> None:
+    assert AdaptiveOptions(settle=settle).ends(epochs) == expected
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"decisions": 0}, "decisions must be at least 1, got 0"),
         ({"settle": 1.0}, "settle must be 0 or more and below 1, got 1.0"),
         ({"margin": -0.1}, "margin must be 0 or more"),
         ({"evaluations": 1}, "evaluations must be at least 2, got 1"),

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 class AdaptiveOptions:
     """Raises ValueError for a value out of its range."""
 
+    decisions: int = 8
+    """At most, spread evenly over the epochs before the last ones, and one an epoch."""
     settle: float = 1 / 3
     """Share of the epochs, at the end, that nothing is decided in: the network gets used to the profile."""
     evaluations: int = 16
@@ -25,13 +27,15 @@ class AdaptiveOptions:
         for name in ("settle", "margin"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 0 or more and below 1, got {getattr(self, name)}")
-        for name, least in (("evaluations", 2), ("samples", 1), ("seed", 0)):
+        for name, least in (("decisions", 1), ("evaluations", 2), ("samples", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
-    def decisions(self, epochs: int) -> int:
-        """Epochs, from the first one on, that end with a decision; at least one."""
-        return max(1, epochs - math.ceil(self.settle * epochs))
+    def ends(self, epochs: int) -> tuple[int, ...]:
+        """Which of the epochs 1, 2, ... end with a decision; at least one does."""
+        last = max(1, epochs - math.ceil(self.settle * epochs))
+        count = min(self.decisions, last)
+        return tuple(round(last * number / count) for number in range(1, count + 1))
 
 
 STANDARD = AdaptiveOptions()
