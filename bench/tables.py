@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from grainwise.plan.profile import entries_from_json
+from grainwise.report.timeline import timeline
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -336,6 +339,63 @@ def _recovered(task: dict[str, Any]) -> str:
     return f"{_table([*head, 'divergence before', 'after', 'minutes'], rows)}\n\n{note}"
 
 
+WAYS = {
+    "adaptive": "compressed while training",
+    "recovered": "trained, searched, recovered",
+    "fixed": "one profile from the start, found before training",
+    "hindsight": "one profile from the start, the adaptive one's last",
+    "plain": "trained, uncompressed",
+}
+
+
+def adaptive() -> str:
+    """One table a task: a row a way to come to a compressed network, means over the seeds."""
+    if not (RESULTS / "adaptive.json").exists():
+        return "No results yet: `python -m bench.adaptive`."
+    return "\n\n".join(_trained(task) for task in _read("adaptive").values())
+
+
+def _trained(task: dict[str, Any]) -> str:
+    found = {way: [row for row in task["rows"] if row["technique"] == way] for way in WAYS}
+
+    def text(way: str, name: str, scale: float, digits: int) -> str:
+        values = [scale * row[name] for row in found[way]]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    rows = [
+        [words, str(len(found[way])), text(way, "accuracy", 100, 2), text(way, "size", 1, 4), text(way, "macs", 1, 3)]
+        for way, words in WAYS.items()
+        if found[way]
+    ]
+    mine = found["adaptive"]
+    train, hook, first = (sum(row[f"{part}_seconds"] for row in mine) for part in ("train", "hook", "prepare"))
+    asked = ", ".join(f"{name} ≤ {share:g}" for name, share in task["constraints"].items())
+    shares = ", ".join(f"{100 * row['changed_after_third']:.0f} %" for row in mine)
+    note = (
+        f"Asked: {asked}; {task['epochs']} epochs in all, mean ± deviation over seeds, accuracy of the file on the "
+        f"test split. The search between training and recovery has {task['evaluations']} evaluations and all methods. "
+        f"Decisions took {100 * hook / train:.1f} % of the processor time of training, and what is prepared before the "
+        f"first epoch {100 * first / train:.1f} % more. Entries that changed after the first third of the epochs: "
+        f"{shares} of the layers. `{task['command']}` on {task['machine']}."
+    )
+    head = ["way", "seeds", "test accuracy, %", "size", "MACs"]
+    return f"### {task['title']}\n\n{_table(head, rows)}\n\n{note}"
+
+
+def timelines() -> dict[str, str]:
+    """By file in docs/, the plot of an adaptive run of each task."""
+    if not (RESULTS / "adaptive.json").exists():
+        return {}
+    found = {}
+    for name, task in _read("adaptive").items():
+        row = next(row for row in task["rows"] if row["technique"] == "adaptive")
+        found[f"adaptive-{name}.svg"] = timeline(
+            row["layers"], [entries_from_json(epoch["entries"]) for epoch in row["epochs"]]
+        )
+    return found
+
+
 EQUAL = 0.001  # of the metric: ten pictures of ten thousand
 
 
@@ -420,6 +480,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "deploy": ("docs/deploy.md", deploy),
     "peers": ("docs/peers.md", peers),
     "recover": ("docs/recover.md", recover),
+    "adaptive": ("docs/adaptive.md", adaptive),
 }
 
 
@@ -430,6 +491,8 @@ def main() -> None:
         head, _, rest = path.read_text(encoding="utf-8").partition(begin)
         tail = rest.partition(end)[2]
         path.write_text(f"{head}{begin}\n{make()}\n{end}{tail}", encoding="utf-8")
+    for file, picture in timelines().items():
+        (ROOT / "docs" / file).write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 python -m examples.adaptive_fashion out/adaptive [--pictures 30000] [--epochs 12]
 
-A small network on Fashion-MNIST to a sixteenth of its bytes and half of its multiplications. Cut it with Ctrl-C, SIGTERM
-or kill -9 and run it again: it ends with the same profile and the same weights.
+A small network on Fashion-MNIST to a sixteenth of its bytes and half of its multiplications. Cut it with Ctrl-C or
+kill -9 and run it again: it ends with the same profile and the same weights.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
         for chosen in torch.randperm(arguments.pictures)[: steps * BATCH].split(BATCH):
             loss = F.cross_entropy(model(images[chosen]), labels[chosen])
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             schedule.step()
         ended = adaptive.end_epoch()

@@ -82,7 +82,7 @@ def main() -> None:
         for chosen in torch.randperm(len(training[0])).split(BATCH):
             loss = F.cross_entropy(model(training[0][chosen]), training[1][chosen])
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
         schedule.step()
         adaptive.end_epoch()

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from grainwise.adaptive import AdaptiveCompression
 
 
-class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]  # the package has no types
+class AdaptiveCallback(TrainerCallback):
     """Decides after each epoch: `Trainer(model, ..., callbacks=[AdaptiveCallback(adaptive)])`, where `adaptive` has the
     same network. What `AdaptiveCompression.end_epoch` raises ends the training.
     """
