@@ -1,6 +1,6 @@
 """MiniLM learns to find spam in a `Trainer` of Hugging Face's transformers, and is compressed while it does.
 
-python -m examples.adaptive_spam [--mails 1600] [--epochs 3] [--uncompressed]
+python -m examples.adaptive_spam [--mails 480] [--epochs 3] [--uncompressed]
 
 all-MiniLM-L6-v2 with a classifier, on e-mails of the SpamAssassin corpus: subject and beginning of the text.
 """
@@ -101,7 +101,7 @@ def network() -> SpamNet:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--mails", type=int, default=1600, help="to learn from")
+    parser.add_argument("--mails", type=int, default=480, help="to learn from")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--uncompressed", action="store_true", help="train as it would be by itself")
     arguments = parser.parse_args()
@@ -117,7 +117,7 @@ def main() -> None:
         constraints={} if arguments.uncompressed else CONSTRAINTS,
         epochs=arguments.epochs,
         target="ort-cpu-float",
-        options=gw.AdaptiveOptions(samples=64, evaluations=8),
+        options=gw.AdaptiveOptions(samples=32, evaluations=8),
     )
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(

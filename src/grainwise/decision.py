@@ -108,6 +108,7 @@ class Decider:
         self._policy, self._count = searcher.trainer.state(), self._count + 1
         chosen = self._chosen(trials, budgets)
         self._wear(dress, now, chosen.entries)
+        self._snapshot = None  # its variants may be gigabytes, and the weights move on
         return chosen
 
     @staticmethod
