@@ -1,12 +1,14 @@
-"""Does the controller earn its keep? Search techniques at equal evaluations on ResNet-20/CIFAR-10, over seeds.
+"""What each part of the controller is worth: ResNet-20/CIFAR-10, size and MACs, one part left out or changed at a time.
 
-    python -m bench.controller --evaluations 300 --seeds 0 1 2
+    python -m bench.controller [VARIANT ...] [--seeds 0 1 2] [--evaluations 300] [--worker]
 
-Runs in pieces: each (technique, seed) is a study in out/bench-controller.db and is skipped when it is complete. Writes
-bench/results/controller.json; `python -m bench.tables` makes the table in docs/controller.md from it.
+The task is `resnet20-mixed` of bench/search.py. Runs in pieces: each (variant, seed) is a study in
+out/bench-controller.db and is skipped when it is complete; several processes with --worker share the work, each with
+variants of its own. A run without it writes bench/results/controller.json; `python -m bench.tables` makes the table in
+docs/controller.md.
 
 Written down before any test data were read: the figure of a run is the divergence (KL, nats) on the search split of its
-best profile within the budget, then the test accuracy of that profile; techniques are compared by means over seeds.
+best profile within the budgets, then the test accuracy of that profile; variants are compared by means over seeds.
 """
 
 from __future__ import annotations
@@ -14,58 +16,56 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
-from dataclasses import replace
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from examples import cifar10, resnet20
-from grainwise.api import SearchOptions, make_reward, make_searcher
-from grainwise.plan.projection import Projection
+from bench.search import TASKS
+from grainwise.api import SearchOptions, make_reward
+from grainwise.evaluate.timing import device_name
+from grainwise.graph.features import controller_features
+from grainwise.plan.space import SpaceKind
 from grainwise.search.driver import Budget, Judge, search
+from grainwise.search.rl import ControllerConfig, ControllerSearcher
 from grainwise.session import Session
 from grainwise.store.studies import Store
 from grainwise.study.sensitivity import Sensitivity
 from grainwise.study.trial import Trial, best, meets
 
 RESULTS = Path(__file__).parent / "results" / "controller.json"
-TECHNIQUES: dict[str, SearchOptions] = {
-    "controller, prior + projection": SearchOptions(),
-    "controller, projection, no prior": SearchOptions(prior=False),
-    "random, projection": SearchOptions(searcher="random", prior=False),
-    "random, plain": SearchOptions(searcher="random", prior=False, projected=False),
-    "evolution, prior + projection": SearchOptions(searcher="evolution"),
-    "evolution, projection": SearchOptions(searcher="evolution", prior=False),
-    "evolution, plain": SearchOptions(searcher="evolution", prior=False, projected=False),
+STUDIES = Path("out") / "bench-controller.db"
+TASK = TASKS["resnet20-mixed"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """config: fields of `ControllerConfig` that differ. complexity_weight: of the reward; 0 as in the scoreboard.
+    statistics: whether the controller sees those of the feature maps, beside each layer's kind and shape.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    complexity_weight: float = 0.0
+    space: SpaceKind = SpaceKind.CHAIN
+    statistics: bool = True
+
+
+VARIANTS = {
+    "as it is": Variant(),
+    "untrained: the prior as policy": Variant({"learning_rate": 0.0}),
+    "no statistics of feature maps": Variant(statistics=False),
+    "REINFORCE for PPO": Variant({"algorithm": "reinforce"}),
+    "no programme, no Thompson samples": Variant({"sampled": 0.0}),
+    "scores not corrected": Variant({"learn_scores": False}),
+    "no prior": Variant({"use_prior": False}),
+    "complexity weight 0.1": Variant(complexity_weight=0.1),
+    "complexity weight 0.5": Variant(complexity_weight=0.5),
+    "one technique a layer": Variant(space=SpaceKind.SINGLE),
 }
-
-
-def run(
-    session: Session, sensitivity: Sensitivity, store: Store, options: SearchOptions, study: str, evaluations: int
-) -> tuple[Trial, ...]:
-    """One search, or what is in the store of it."""
-    budgets = session.budgets(CONSTRAINTS)
-    if study not in store.studies():
-        store.create(study, {})
-    done = store.trials(study)
-    if len(done) >= evaluations:
-        return done
-    searcher = make_searcher(
-        session, Projection(session.cost, budgets), sensitivity if options.prior else None, options, evaluations
-    )
-    judge = Judge(
-        session.evaluator, make_reward(session, budgets, options), session.evaluator.reference, session.space.graph
-    )
-    return search(
-        searcher=searcher,
-        judge=judge,
-        store=store,
-        study=study,
-        budget=Budget(evaluations=evaluations),
-        observer=lambda trial: None,
-    )
 
 
 def kept_sensitivity(session: Session, store: Store) -> Sensitivity:
@@ -86,73 +86,101 @@ def kept_sensitivity(session: Session, store: Store) -> Sensitivity:
     return measured
 
 
-CONSTRAINTS = {"size": 0.15, "macs": 0.75}
+class Bench:
+    """The sessions of both kinds of space, made when they are needed, and their scores."""
 
+    def __init__(self, store: Store, evaluations: int) -> None:
+        self.store, self.evaluations = store, evaluations
+        self._sessions: dict[SpaceKind, Session] = {}
 
-def figures(session: Session, trials: tuple[Trial, ...]) -> dict[str, Any]:
-    """What is reported of one search; the test split is read here, once, for its best profile."""
-    budgets = session.budgets(CONSTRAINTS)
-    leader = best(trials, budgets)
-    last = [t for t in trials[-50:] if t.measurement is not None]
-    found: dict[str, Any] = {
-        "within_budget": sum(t.measurement is not None and meets(t.measurement, budgets) for t in trials),
-        "last_50_reward": sum(t.reward or 0.0 for t in last) / max(1, len(last)),
-        "last_50_divergence": sum(t.measurement.divergence for t in last if t.measurement) / max(1, len(last)),
-        "evaluation_seconds": sum(t.seconds for t in trials),
-    }
-    if leader is not None and leader.measurement is not None:
+    def session(self, kind: SpaceKind) -> Session:
+        if kind not in self._sessions:
+            self._sessions[kind] = Session.prepare(TASK.model(), TASK.data(), target=TASK.target, space=kind)
+        return self._sessions[kind]
+
+    def search(self, name: str, seed: int) -> tuple[Trial, ...]:
+        """One search, or what is in the store of it; one that was cut goes on."""
+        study = f"{name} / {self.evaluations} / seed {seed}"
+        if study not in self.store.studies():
+            self.store.create(study, {})
+        done = self.store.trials(study)
+        if len(done) >= self.evaluations:
+            return done
+        variant = VARIANTS[name]
+        session = self.session(variant.space)
+        budgets = session.budgets(TASK.constraints)
+        config = ControllerConfig(horizon=self.evaluations, **variant.config)
+        scores = kept_sensitivity(session, self.store) if config.use_prior else None
+        features = session.features() if variant.statistics else _without_statistics(session)
+        options = SearchOptions(complexity_weight=variant.complexity_weight, space=variant.space)
+        reward = make_reward(session, budgets, options)
+        return search(
+            searcher=ControllerSearcher(session.projection(budgets), features, scores, seed=seed, config=config),
+            judge=Judge(session.evaluator, reward, session.evaluator.reference, session.space.graph),
+            store=self.store,
+            study=study,
+            budget=Budget(evaluations=self.evaluations),
+            observer=lambda trial: None,
+        )
+
+    def row(self, name: str, seed: int) -> dict[str, Any]:
+        """What is reported of one search; the test split is read here, once, for its best profile."""
+        trials, session = self.search(name, seed), self.session(VARIANTS[name].space)
+        budgets = session.budgets(TASK.constraints)
+        leader = best(trials, budgets)
+        found: dict[str, Any] = {
+            "variant": name,
+            "seed": seed,
+            "within_budget": sum(t.measurement is not None and meets(t.measurement, budgets) for t in trials),
+            "evaluation_seconds": sum(t.seconds for t in trials),
+        }
+        if leader is None or leader.measurement is None:
+            return found
         candidate = session.evaluator.finish(leader.entries)
-        found |= {
+        return found | {
             "best_trial": leader.number,
+            "best_source": leader.source,
             "best_divergence": leader.measurement.divergence,
             "size_bytes": candidate.measurement.size_bytes,
             "macs": candidate.measurement.macs,
             "test_accuracy": session.evaluator.test(candidate.model, session.evaluator.forward),
         }
-    return found
+
+
+def _without_statistics(session: Session) -> Tensor:
+    return controller_features(session.space.graph, torch.zeros_like(session.statistics()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("variants", nargs="*", default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--evaluations", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--worker", action="store_true", help="run searches that nobody has begun, write nothing")
+    parser.add_argument("--worker", action="store_true", help="make searches, write no results")
     arguments = parser.parse_args()
+    if unknown := [name for name in arguments.variants if name not in VARIANTS]:
+        parser.error(f"no variant is called {unknown[0]!r}; give some of {', '.join(VARIANTS)}")
     torch.set_num_threads(1)
-    data = cifar10.splits()
-    few = replace(data, search=list(data.search)[:1])  # 128 pictures
-    session = Session.prepare(resnet20.pretrained(), few, target="packed")
-    Path("out").mkdir(exist_ok=True)
-    store = Store("sqlite:///out/bench-controller.db")
-    sensitivity = kept_sensitivity(session, store)
-    rows: list[dict[str, Any]] = []
-    runs = [(seed, *item) for seed in arguments.seeds for item in TECHNIQUES.items()]
-    if arguments.worker:  # several processes of one thread share the searches; then one run without --worker
-        for seed, technique, options in runs:
-            study = f"{technique} / {arguments.evaluations} / seed {seed}"
-            if study not in store.studies():
-                run(session, sensitivity, store, replace(options, seed=seed), study, arguments.evaluations)
-                print(study, flush=True)
+    STUDIES.parent.mkdir(exist_ok=True)
+    bench = Bench(Store(f"sqlite:///{STUDIES}"), arguments.evaluations)
+    runs = [(name, seed) for seed in arguments.seeds for name in arguments.variants]
+    if arguments.worker:
+        for name, seed in runs:
+            bench.search(name, seed)
+            print(name, seed, flush=True)
         return
-    torch.set_num_threads(2)  # nothing else runs beside the final figures
-    for seed, technique, options in runs:
-        study = f"{technique} / {arguments.evaluations} / seed {seed}"
-        trials = run(session, sensitivity, store, replace(options, seed=seed), study, arguments.evaluations)
-        rows.append({"technique": technique, "seed": seed, **figures(session, trials)})
-        print(json.dumps(rows[-1]), flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
+    session = bench.session(SpaceKind.CHAIN)
     body = {
-        "command": f"python -m bench.controller --evaluations {arguments.evaluations} --seeds "
-        + " ".join(map(str, arguments.seeds)),
-        "machine": f"{platform.machine()}, 2 cores, torch {torch.__version__}, 1 thread",
-        "constraints": CONSTRAINTS,
+        "command": " ".join(["python -m bench.controller", *sys.argv[1:]]),
+        "machine": f"{device_name()}, torch {torch.__version__}, 1 thread",
+        "constraints": dict(TASK.constraints),
         "evaluations": arguments.evaluations,
         "search_pictures": len(session.splits.search[0].inputs),
         "sensitivity_evaluations": int(session.space.structures[:, 1:].sum() + session.space.precisions[:, 1:].sum()),
         "reference_test_accuracy": session.evaluator.test(session.reference.model, session.evaluator.forward),
-        "rows": rows,
+        "rows": [bench.row(name, seed) for name, seed in runs],
     }
-    RESULTS.write_text(json.dumps(body, indent=2) + "\n")
+    RESULTS.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from torch import nn
 import grainwise as gw
 from examples import zoo
 from grainwise import api, calibrate, leaders
-from grainwise.api import SearchOptions, apply_profile, missed, open_study, verify_artefact
+from grainwise.api import SearchOptions, apply_profile, missed, open_study
+from grainwise.artefacts import verify_artefact
 from grainwise.evaluate.data import Data, Splits
 from grainwise.evaluate.evaluator import Candidate
 from grainwise.evaluate.sharing import Sharing

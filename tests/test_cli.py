@@ -176,7 +176,7 @@ def test_ctrl_c_finishes_the_trial_and_the_command_that_it_prints_goes_on(tmp_pa
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "stopping after the running trial; Ctrl-C again stops at once" in errors
+    assert "stopping after the running step; Ctrl-C again stops at once" in errors
     assert "every finished trial is kept" in errors and "Traceback" not in errors
     before = json.loads(run(app, ["status", "s", "--store", store, "--json"]).stdout)
     assert 0 < before["trials"]["done"] < 60, before

@@ -17,7 +17,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from grainwise.api import verify_artefact
+from grainwise.artefacts import verify_artefact
 from grainwise.cli import app
 from grainwise.export import artefact, runtime
 from grainwise.export.artefact import ArtefactError, load

@@ -117,15 +117,15 @@ def test_a_draft_knows_the_whole_cost_of_each_revision(name: str, seed: int) -> 
     (entries,) = sample(Projection(session.cost, {}), 1, uniform, rng)
     draft = Draft(session.cost, entries)
     for index in rng.integers(0, len(draft.layers), 12).tolist():
-        legal = np.argwhere(np.isfinite(draft.changes(index)[..., SIZE]))
+        legal = np.argwhere(np.isfinite(draft.changes()[index, ..., SIZE]))
         draft.replace(index, *(int(i) for i in rng.choice(legal)))
         np.testing.assert_allclose(draft.total, session.cost.total(draft.entries()), rtol=1e-12)
         other = int(rng.integers(len(draft.layers)))  # a revision that is not made, priced after all that were
-        s, p = (int(i) for i in rng.choice(np.argwhere(np.isfinite(draft.changes(other)[..., SIZE]))))
+        s, p = (int(i) for i in rng.choice(np.argwhere(np.isfinite(draft.changes()[other, ..., SIZE]))))
         revised = Draft(session.cost, draft.entries())
         revised.replace(other, s, p)
         expected = session.cost.total(revised.entries()) - draft.total
-        np.testing.assert_allclose(draft.changes(other)[s, p], expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(draft.changes()[other, s, p], expected, rtol=0, atol=1e-6)
 
 
 def test_a_function_is_paid_for_once() -> None:
@@ -183,6 +183,7 @@ def test_shared_costs_by_hand() -> None:
         assert shared.of(numbers).tolist() == [size, 0.0, 0.5]
         assert shared.table(0, numbers)[:, 0, SIZE].tolist() == [expected[0, b], expected[1, b]]
         assert shared.table(1, numbers)[:, 0, SIZE].tolist() == [expected[a, 0], expected[a, 1]]
+        assert shared.signatures(numbers, {0: [1]})[0] == shared.signatures([(a, 0), (0, 0)])[0]
         assert shared.signatures(numbers)[0] == shared.signatures([(1 - a, 0), (b, 0)])[0]
         assert shared.signatures(numbers)[0] != shared.signatures([(a, 0), (1 - b, 0)])[0]
 

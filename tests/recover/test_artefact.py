@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import grainwise as gw
 from grainwise import session as session_module
-from grainwise.api import checkpoint_folder, recover_artefact, verify_artefact
+from grainwise.artefacts import checkpoint_folder, recover_artefact, verify_artefact
 from grainwise.cli import app
 from grainwise.evaluate.data import DataError
 from grainwise.export.artefact import ArtefactError

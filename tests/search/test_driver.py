@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from grainwise.interrupt import Stopped
 from grainwise.plan.choices import Entry
 from grainwise.plan.projection import Projection
 from grainwise.search.baselines import RandomSearcher
-from grainwise.search.driver import Budget, Judge, Stopped, search
+from grainwise.search.driver import Budget, Judge, search
 from grainwise.search.rl import ControllerSearcher
 from grainwise.search.searcher import Searcher
 from grainwise.session import Session

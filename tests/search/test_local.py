@@ -70,9 +70,9 @@ def test_the_rise_of_a_change_is_the_difference_of_scores(problem: Bed) -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         index = int(rng.integers(len(draft.layers)))
-        legal = np.argwhere(np.isfinite(draft.changes(index)[..., 0]))
+        legal = np.argwhere(np.isfinite(draft.changes()[index, ..., 0]))
         s, p = (int(n) for n in legal[rng.integers(len(legal))])
-        expected = score_of(draft, scores) + rises(draft, scores, index)[s, p]
+        expected = score_of(draft, scores) + rises(draft, scores)[index, s, p]
         draft.replace(index, s, p)
         assert score_of(draft, scores) == pytest.approx(expected)
 

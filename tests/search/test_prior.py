@@ -83,7 +83,7 @@ def test_a_draft_prices_every_revision_exactly() -> None:
         draft = Draft(cost, entries)
         for _ in range(12):
             index = int(rng.integers(len(space.layers)))
-            changes = draft.changes(index)
+            changes = draft.changes()[index]
             options = np.argwhere(np.isfinite(changes[..., 0]))
             s, p = (int(i) for i in options[rng.integers(len(options))])
             expected = draft.total + changes[s, p]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -84,6 +84,27 @@ class CostModel:
     def touching(self, coupling: str) -> tuple[int, ...]:
         """Numbers of the layers whose weight `coupling` narrows."""
         return self._touching[coupling]
+
+    @cached_property
+    def blocks(self) -> Mapping[int, tuple[int, ...]]:
+        """Layers of each block by the one that leads it, in numbers."""
+        numbers = {layer.name: index for index, layer in enumerate(self.space.layers)}
+        return {numbers[b.coupling]: tuple(numbers[name] for name in b.layers) for b in self.space.graph.blocks}
+
+    @cached_property
+    def dependencies(self) -> tuple[frozenset[int], ...]:
+        """For each layer those whose entry decides what a revision of it changes, or whether it is legal."""
+        found = []
+        for index in range(len(self.space.layers)):
+            inside = {index, *self.blocks.get(index, ())}
+            leaders = {leader for leader, layers in self.blocks.items() if index in layers}
+            read = (self.touching(self.space.layers[i].name) for i in inside if self.leads(i))
+            found.append(frozenset(inside.union(leaders, *read)))
+        return tuple(found)
+
+    def leads(self, index: int) -> bool:
+        """Whether the width of a coupling is decided at layer `index`."""
+        return self.space.led_by(self.space.layers[index].name) is not None
 
     def pairs(self, index: int) -> Mask:
         """`[S, P]`, read-only: `SearchSpace.pairs` of layer `index`, computed once."""
@@ -169,7 +190,7 @@ class CostModel:
         return np.zeros(len(COSTS)) if found is None else found.of(numbers)
 
     def shared_table(self, index: int, numbers: Numbers, signature: Signature | None = None) -> Cost:
-        """`[S, P, 3]` shared cost of the profile with each entry in the place of layer `index`'s.
+        """`[S, P, 3]`, read-only: shared cost of the profile with each entry in the place of layer `index`'s.
 
         signature: of the layer in this profile, when it is known already.
         """

@@ -5,9 +5,10 @@ Letters: L layers, S structures, P precisions, K shared parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +29,8 @@ Numbers = Sequence[tuple[int, int]]
 
 Signature = tuple[bytes, frozenset[int]]
 """Of what a layer's neighbours share: parts of the file that they need, and those that run in static 8 bits."""
+
+_NONE: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 Boundary = Callable[[frozenset[int]], Cost]
 """(numbers of the layers that run in static 8 bits) -> `[3]` cost of what converts between them and the others."""
@@ -61,13 +64,20 @@ class Shared:
         without, within = self.boundary(around), self.boundary(around | {index})
         return table + np.where(self.static[index][..., None], within, without)
 
-    def signatures(self, numbers: Numbers) -> list[Signature]:
-        """For each layer: equal for profiles in which its `table` is the same."""
-        s, p = np.array(numbers).T
-        needs = self.parts[np.arange(len(numbers)), s, p]
-        others = needs.sum(axis=0) - needs > 0
-        static = self._static(numbers)
-        return [(needed.tobytes(), static - {index}) for index, needed in enumerate(others)]
+    def signatures(self, numbers: Numbers, plain: Mapping[int, Sequence[int]] = _NONE) -> list[Signature]:
+        """For each layer: equal for profiles in which its `table` is the same.
+
+        plain: for some layers the others that count as without structure.
+        """
+        layers, (s, p) = np.arange(len(numbers)), np.array(numbers).T
+        needs = self.parts[layers, s, p].astype(np.int64)
+        others = needs.sum(axis=0) - needs
+        static = frozenset(np.flatnonzero(self.static[layers, s, p]).tolist())
+        around = [static - {index} for index in layers.tolist()]
+        for index, changed in plain.items():
+            others[index] += (self.parts[changed, 0, p[changed]] - needs[changed]).sum(axis=0)
+            around[index] = around[index].difference(changed).union(i for i in changed if self.static[i, 0, p[i]])
+        return [(needed.tobytes(), found) for needed, found in zip(others > 0, around, strict=True)]
 
     def _static(self, numbers: Numbers) -> frozenset[int]:
         return frozenset(index for index, found in enumerate(numbers) if self.static[index][found])

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from grainwise.graph.forward import Forward
 from grainwise.graph.skeleton import Skeleton
+from grainwise.interrupt import StopFlag, Stopped, stop_flag
 from grainwise.realise.deploy import set_ranges
 from grainwise.realise.reference import fingerprint
 from grainwise.recover.batches import TrainingBatches
 from grainwise.recover.checkpoint import Checkpoint, part
-from grainwise.recover.errors import RecoveryError, Stopped
+from grainwise.recover.errors import RecoveryError
 from grainwise.recover.options import STANDARD, RecoverOptions, TrainingBudget, learning_rate
-from grainwise.recover.signals import StopFlag, stop_flag
 from grainwise.recover.step import Distillation, NotFinite, Student, train_step
 from grainwise.study.measurement import Measurement
 
@@ -225,12 +225,12 @@ class _Run:
 
     def _keep(self, flag: StopFlag, *, now: bool = False) -> None:
         """Save when it is time to; raises Stopped when that was asked for."""
-        due = now or bool(flag.number) or time.monotonic() - self._saved >= self._options.checkpoint_seconds
+        due = now or flag.stop() or time.monotonic() - self._saved >= self._options.checkpoint_seconds
         if due and self._folder is not None:
             Checkpoint(self._tensors(), {"settings": self._settings, "progress": asdict(self._at)}).save(self._folder)
             self._saved = time.monotonic()
-        if flag.number:
-            raise Stopped(flag.number)
+        if flag.stop():
+            raise Stopped(f"the recovery was stopped by signal {flag.number} after {self._at.step} steps")
 
     def _tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {f"change.{name}": value for name, value in self._changes.items()}

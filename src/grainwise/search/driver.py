@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from grainwise.interrupt import Stopped
 from grainwise.plan.choices import NONE, UNCOMPRESSED, Entry
 from grainwise.plan.layers import LayerGraph
 from grainwise.search.searcher import Searcher
@@ -23,10 +24,6 @@ BATCH = 16
 
 Observer = Callable[[Trial], None]
 """Called after each trial is stored."""
-
-
-class Stopped(RuntimeError):
-    """The search was asked to stop before it had spent its budget; every finished trial is in the store."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from grainwise.plan.choices import PRECISIONS, Entry
 from grainwise.plan.prices import COSTS
-from grainwise.plan.projection import BLOCK_STUDENTS, Projection
+from grainwise.plan.projection import Projection
 from grainwise.search.draft import Draft
-from grainwise.search.prior import Table, cheapest, fill, stripped_score
+from grainwise.search.prior import Table, cheapest, fill, rises
 
 Profile = dict[str, Entry]
 _FREE = 1e-9  # nats: changes that cost less than this are as good as free
@@ -28,19 +27,16 @@ def reduce(draft: Draft, scores: Table, projection: Projection, keep: Collection
     weight = np.where(np.isfinite(budget), projection.weight, 0.0)
     excess = np.where(np.isfinite(budget), draft.total - budget, 0.0)
     while (excess > 0).any():
-        best, found = 0.0, None
-        for index in (i for i in range(len(draft.layers)) if i not in keep):
-            changes = draft.changes(index)
-            legal = np.isfinite(changes[..., 0])
-            after = np.maximum(0.0, excess + np.where(legal[..., None], changes, 0.0))
-            saved = np.where(legal, (np.maximum(0.0, excess) - after) @ weight, 0.0)
-            value = saved / np.maximum(_FREE, rises(draft, scores, index))
-            number = int(value.argmax())
-            if saved.flat[number] > 1e-12 and value.flat[number] > best:
-                best, found = float(value.flat[number]), (index, *divmod(number, len(PRECISIONS)))
-        if found is None:
+        changes = draft.changes()
+        legal = np.isfinite(changes[..., 0])
+        legal[list(keep)] = False
+        after = np.maximum(0.0, excess + np.where(legal[..., None], changes, 0.0))
+        saved = np.where(legal, (np.maximum(0.0, excess) - after) @ weight, 0.0)
+        value = np.where(saved > 1e-12, saved / np.maximum(_FREE, rises(draft, scores)), 0.0)
+        number = int(value.argmax())
+        if value.flat[number] <= 0:
             return False
-        draft.replace(*found)
+        draft.replace(*(int(i) for i in np.unravel_index(number, value.shape)))
         excess = np.where(np.isfinite(budget), draft.total - budget, 0.0)
     return True
 
@@ -48,14 +44,6 @@ def reduce(draft: Draft, scores: Table, projection: Projection, keep: Collection
 def score_of(draft: Draft, scores: Table) -> float:
     """Sum of the scores of a profile's entries."""
     return float(sum(scores[index, s, p] for index, (s, p) in enumerate(draft.numbers)))
-
-
-def rises(draft: Draft, scores: Table, index: int) -> NDArray[np.float64]:
-    """`[S, P]` how much the profile's score rises when layer `index` takes the entry instead."""
-    rise: NDArray[np.float64] = scores[index] - scores[index][draft.numbers[index]]
-    for s in BLOCK_STUDENTS:
-        rise[s] -= stripped_score(draft, scores, index, s)
-    return rise
 
 
 def reduced(projection: Projection, scores: Table) -> dict[str, Entry]:
@@ -112,14 +100,14 @@ def exchange(
     """
     draft = Draft(projection.cost, entries)
     index = int(rng.integers(len(draft.layers)))
-    changes = draft.changes(index)
+    changes = draft.changes()[index]
     legal = np.isfinite(changes[..., 0])
     legal[draft.numbers[index]] = False
     numbers = np.flatnonzero(legal)
     if not len(numbers):
         return None
     costs = changes.reshape(-1, len(COSTS))[numbers] @ np.where(np.isfinite(projection.budget), projection.weight, 0.0)
-    value = rises(draft, scores, index).ravel()[numbers] + _price(draft, scores, projection) * costs
+    value = rises(draft, scores)[index].ravel()[numbers] + _price(draft, scores, projection) * costs
     chances = np.arange(1, len(numbers) + 1, dtype=np.float64) ** (-2 / temperature)
     drawn = int(numbers[np.argsort(value, kind="stable")][rng.choice(len(numbers), p=chances / chances.sum())])
     draft.replace(index, *divmod(drawn, len(PRECISIONS)))

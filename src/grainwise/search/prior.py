@@ -61,18 +61,18 @@ class Prior:
         self.scores = finite_scores(self.projection, sensitivity)
         self._expect()
 
-    def improved(self, entries: Mapping[str, Entry], scores: Table | None = None) -> dict[str, Entry]:
+    def improved(self, start: Draft, scores: Table | None = None) -> dict[str, Entry]:
         """The Lagrangian solution of some scores (the current ones) that coordinate descent reaches from a profile, its
         slack filled; when that exceeds a budget, the given profile with its slack filled.
         """
         scores = self.scores if scores is None else scores
-        draft = Draft(self.projection.cost, entries)
+        draft = start.copy()
         for factor in _FACTORS[len(_FACTORS) // 2 :: 4]:
             self._descend(draft, self.multipliers * self._unit * factor, scores)
             if (draft.total <= self.projection.budget).all():
                 break
         else:
-            draft = Draft(self.projection.cost, entries)
+            draft = start.copy()
         fill(draft, scores, self.projection.budget)
         return draft.entries()
 
@@ -109,7 +109,7 @@ class Prior:
         self.multipliers: Cost = np.maximum(multipliers, 0.0)
         solved = Draft(shared.cost, self._best[1])
         self._reference = solved
-        self._margins: Table = np.stack([solved.changes(index) for index in range(self._layers)])  # [L, S, P, 3]
+        self._margins = solved.changes()  # [L, S, P, 3]
         self._first = max(self._best[0], 1e-9)
         self._scale = self._first / self._layers
 
@@ -118,9 +118,9 @@ class Prior:
         numbers = tuple(draft.numbers)
         if (draft.total <= self.projection.budget).all() and numbers not in tried:
             tried.add(numbers)
-            copy = Draft(self.projection.cost, draft.entries())
-            fill(copy, self.scores, self.projection.budget)
-            self._remember(copy)
+            filled = draft.copy()
+            fill(filled, self.scores, self.projection.budget)
+            self._remember(filled)
         return bool(draft.total[k] <= self.projection.budget[k])
 
     def _remember(self, draft: Draft) -> None:
@@ -133,19 +133,12 @@ class Prior:
         return float(sum(self.scores[index, s, p] for index, (s, p) in enumerate(draft.numbers)))
 
     def _descend(self, draft: Draft, multipliers: Cost, scores: Table, sweeps: int = 4) -> None:
+        """Coordinate descent: one layer after the other takes its best entry."""
         for _ in range(sweeps):
-            moved = False
-            for index in range(self._layers):
-                changes = draft.changes(index)
-                legal = np.isfinite(changes[..., 0])
-                value = scores[index] + np.where(legal[..., None], changes, 0.0) @ multipliers
-                value = np.where(legal, value, np.inf)
-                for s in BLOCK_STUDENTS:
-                    value[s] -= stripped_score(draft, scores, index, s)
-                s, p = (int(i) for i in np.unravel_index(np.argmin(value), value.shape))
-                if value[s, p] < value[draft.numbers[index]] - 1e-12:
-                    draft.replace(index, s, p)
-                    moved = True
+            first, moved = 0, False
+            while (found := _first_better(draft, multipliers, scores, first)) is not None:
+                draft.replace(*found)
+                first, moved = found[0] + 1, True
             if not moved:
                 return
 
@@ -203,10 +196,25 @@ def finite_scores(projection: Projection, sensitivity: Sensitivity) -> Table:
     return np.where(np.isfinite(scores), scores, 10 * finite.max() + 1.0)
 
 
-def stripped_score(draft: Draft, scores: Table, index: int, structure: int) -> float:
-    """Score that goes away with the structures which a block student replaces."""
-    numbers = ((i, *draft.numbers[i]) for i in draft.stripped(index, structure))
-    return float(sum(scores[i, s, p] - scores[i, 0, p] for i, s, p in numbers))
+def rises(draft: Draft, scores: Table) -> Table:
+    """`[L, S, P]` how much the profile's score rises when a layer takes the entry instead, legal or not."""
+    now = np.array([scores[index, s, p] for index, (s, p) in enumerate(draft.numbers)])
+    rise: Table = scores - now[:, None, None]
+    for index, stripped in draft.stripped().items():  # the structures that a block student replaces
+        rise[index, BLOCK_STUDENTS] -= sum(now[i] - scores[i, 0, draft.numbers[i][1]] for i in stripped)
+    return rise
+
+
+def _first_better(draft: Draft, multipliers: Cost, scores: Table, first: int) -> tuple[int, int, int] | None:
+    """The first layer from `first` on that another entry suits better, at these prices, and its best one."""
+    changes = draft.changes()
+    legal = np.isfinite(changes[..., 0])
+    value = rises(draft, scores) + np.where(legal[..., None], changes, 0.0) @ multipliers
+    value = np.where(legal, value, np.inf).reshape(len(draft.layers), -1)
+    best = value.argmin(axis=1)
+    better = np.flatnonzero(value[np.arange(len(best)), best] < -1e-12)
+    better = better[better >= first]
+    return (int(better[0]), *divmod(int(best[better[0]]), len(PRECISIONS))) if len(better) else None
 
 
 def cheapest(projection: Projection) -> dict[str, Entry]:
@@ -227,34 +235,13 @@ def fill(draft: Draft, scores: Table, budget: Cost, keep: Collection[int] = ()) 
     Changes `draft` in place.
     """
     weight = np.where(np.isfinite(budget), 1 / np.where(np.isfinite(budget), budget, 1.0), 0.0)
-    known: dict[int, tuple[Table, _Upgrades]] = {}  # while the draft remembers a layer's changes, so does this
     for _ in range(4 * len(draft.layers)):
-        best, found = 0.0, None
-        slack = budget - draft.total
-        for index in (i for i in range(len(draft.layers)) if i not in keep):
-            changes = draft.changes(index)
-            if index not in known or known[index][0] is not changes:
-                known[index] = changes, _upgrades(draft, scores, index, weight)
-            values, costs, numbers = known[index][1]
-            fits = np.flatnonzero((costs <= slack).all(axis=1))
-            if len(fits) and values[fits[0]] > best:
-                best, found = float(values[fits[0]]), (index, *divmod(int(numbers[fits[0]]), len(PRECISIONS)))
-        if found is None:
+        changes = draft.changes()
+        gain = -rises(draft, scores)
+        gain[list(keep)] = 0.0
+        fits = (gain > 1e-12) & np.isfinite(changes[..., 0]) & (changes <= budget - draft.total).all(axis=-1)
+        numbers = np.flatnonzero(fits)
+        if not len(numbers):
             return
-        draft.replace(*found)
-
-
-_Upgrades = tuple[Table, Table, NDArray[np.intp]]
-
-
-def _upgrades(draft: Draft, scores: Table, index: int, weight: Cost) -> _Upgrades:
-    """Entries of a layer that lower the score, best first: score gained per cost `[U]`, cost `[U, 3]`, number `[U]`."""
-    gain = scores[index][draft.numbers[index]] - scores[index]
-    for s in BLOCK_STUDENTS:
-        gain[s] += stripped_score(draft, scores, index, s)
-    changes = draft.changes(index)
-    numbers = np.flatnonzero((gain > 1e-12) & np.isfinite(changes[..., 0]))
-    costs = changes.reshape(-1, len(COSTS))[numbers]
-    values = gain.ravel()[numbers] / np.maximum(costs @ weight, 1e-6)
-    order = np.argsort(-values, kind="stable")
-    return values[order], costs[order], numbers[order]
+        value = gain.ravel()[numbers] / np.maximum(changes.reshape(-1, len(COSTS))[numbers] @ weight, 1e-6)
+        draft.replace(*(int(i) for i in np.unravel_index(numbers[value.argmax()], fits.shape)))

@@ -22,6 +22,7 @@ from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry, numbers_of
 from grainwise.plan.prices import COSTS
 from grainwise.plan.projection import Projection, Walk
 from grainwise.search.beliefs import posterior
+from grainwise.search.draft import Draft
 from grainwise.search.prior import finite_scores
 from grainwise.search.programme import Programme, solved_prior
 from grainwise.search.searcher import Proposal, State
@@ -134,11 +135,12 @@ class ControllerSearcher:
             return []
         measured = [m for m in self._memory if math.isfinite(m.divergence)]
         keys, divergences = [m.key for m in measured], [m.divergence for m in measured]
-        parents = [entries_of(self._projection, m.key) for m in elite]
-        solution = self._programme.solve(self._prior.scores, self._prior.improved(parents[0]))
+        cost = self._projection.cost
+        parents = [Draft(cost, entries_of(self._projection, m.key)) for m in elite]
+        solution = Draft(cost, self._programme.solve(self._prior.scores, self._prior.improved(parents[0])))
         proposals = []
         for number in range(_TRIES * count):
-            found, source = solution, "programme"
+            found, source = solution.entries(), "programme"
             if number:
                 drawn = posterior(self._sensitivity, keys, divergences, self._rng, _SPREAD)
                 rank = min(len(parents) - 1, int(self._rng.exponential(_PARENTS)))
