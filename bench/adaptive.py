@@ -54,15 +54,14 @@ class Task:
     rate: float
 
 
-PICTURES = 20_000
-
-
 @dataclass(frozen=True)
 class FashionPictures:
-    """The first `PICTURES` of Fashion-MNIST's training split, shuffled anew each time they are read."""
+    """The first `count` of Fashion-MNIST's training split, shuffled anew each time they are read."""
+
+    count: int
 
     def __len__(self) -> int:
-        return PICTURES // BATCH
+        return self.count // BATCH
 
     @cached_property
     def arrays(self) -> dict[str, Tensor]:
@@ -72,7 +71,7 @@ class FashionPictures:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self.arrays["train_images"], self.arrays["train_labels"]
-        for chosen in torch.randperm(PICTURES)[: len(self) * BATCH].split(BATCH):
+        for chosen in torch.randperm(self.count)[: len(self) * BATCH].split(BATCH):
             yield images[chosen], labels[chosen]
 
     def splits(self) -> gw.Data:
@@ -87,19 +86,17 @@ class FashionPictures:
 
 
 def tasks() -> dict[str, Task]:
-    pictures = FashionPictures()
     hard = {"size": 1 / 16, "macs": 0.5}
+
+    def small(count: int, epochs: int) -> Task:
+        title, pictures = f"A small network on {count:,} pictures of Fashion-MNIST", FashionPictures(count)
+        return Task(title, fashion.FashionNet, pictures.splits, lambda: pictures, hard, epochs, 6e-3)
+
+    title = "ResNet-20 on CIFAR-10"
     return {
-        "fashion": Task(
-            f"A small network on {PICTURES:,} pictures of Fashion-MNIST",
-            fashion.FashionNet,
-            pictures.splits,
-            lambda: pictures,
-            hard,
-            9,
-            6e-3,
-        ),
-        "resnet20": Task("ResNet-20 on CIFAR-10", resnet20.ResNet20, cifar10.splits, cifar10.Training, hard, 12, 6e-3),
+        "fashion": small(20_000, 9),
+        "overhead": small(57_600, 3),
+        "resnet20": Task(title, resnet20.ResNet20, cifar10.splits, cifar10.Training, hard, 12, 6e-3),
     }
 
 

@@ -68,7 +68,7 @@ def controller() -> str:
         by_variant.setdefault(found["variant"], []).append(found)
 
     def mean(rows: list[dict[str, Any]], name: str) -> float:
-        return statistics.mean(row.get(name, float("nan")) for row in rows)
+        return float(statistics.mean(row.get(name, float("nan")) for row in rows))
 
     def text(rows: list[dict[str, Any]], name: str, digits: int, scale: float = 1) -> str:
         values = [scale * row.get(name, float("nan")) for row in rows]
@@ -358,18 +358,31 @@ def _trained(task: dict[str, Any]) -> str:
         if found[way]
     ]
     mine = found["adaptive"]
-    train, hook, first = (sum(row[f"{part}_seconds"] for row in mine) for part in ("train", "hook", "prepare"))
     asked = ", ".join(f"{name} ≤ {share:g}" for name, share in task["constraints"].items())
     shares = ", ".join(f"{100 * row['changed_after_third']:.0f} %" for row in mine)
     note = (
         f"Asked: {asked}; {task['epochs']} epochs in all, mean ± deviation over seeds, accuracy of the file on the "
         f"test split. The search between training and recovery has {task['evaluations']} evaluations and all methods. "
-        f"Decisions took {100 * hook / train:.1f} % of the processor time of training, and what is prepared before the "
-        f"first epoch {100 * first / train:.1f} % more. Entries that changed after the first third of the epochs: "
-        f"{shares} of the layers. `{task['command']}` on {task['machine']}."
+        f"Entries that changed after the first third of the epochs: {shares} of the layers. {_overhead(found)}"
+        f"`{task['command']}` on {task['machine']}."
     )
     head = ["way", "seeds", "test accuracy, %", "size", "MACs"]
     return f"### {task['title']}\n\n{_table(head, rows)}\n\n{note}"
+
+
+def _overhead(found: dict[str, list[dict[str, Any]]]) -> str:
+    """What adaptive training takes beyond plain training, for the seeds that have both."""
+    plain = {row["seed"]: row["train_seconds"] for row in found["plain"]}
+    mine = [row for row in found["adaptive"] if row["seed"] in plain]
+    if not mine:
+        return ""
+    whole = sum(plain[row["seed"]] for row in mine) / 100
+    steps = sum(row["train_seconds"] - plain[row["seed"]] for row in mine) / whole
+    hook, first = (sum(row[f"{part}_seconds"] for row in mine) / whole for part in ("hook", "prepare"))
+    return (
+        f"Beyond the processor time of plain training: decisions {hook:.1f} %, slower steps {steps:.1f} %, what is "
+        f"prepared before the first epoch {first:.1f} %. "
+    )
 
 
 def timelines() -> dict[str, str]:
@@ -378,7 +391,9 @@ def timelines() -> dict[str, str]:
         return {}
     found = {}
     for name, task in _read("adaptive").items():
-        row = next(row for row in task["rows"] if row["technique"] == "adaptive")
+        row = next((row for row in task["rows"] if row["technique"] == "adaptive"), None)
+        if row is None or name == "overhead":
+            continue
         found[f"adaptive-{name}.svg"] = timeline(
             row["layers"], [entries_from_json(epoch["entries"]) for epoch in row["epochs"]]
         )
