@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from grainwise.calibrate import with_latency
 from grainwise.decision import Decider
 from grainwise.evaluate.data import Data, Splits
 from grainwise.evaluate.measures import Metric
@@ -102,18 +101,19 @@ class AdaptiveCompression:
         resume: bool = False,
         options: AdaptiveOptions = STANDARD,
     ) -> None:
-        """constraints: as for `compress`; with none the network trains as it would by itself. epochs: of the whole
-        training. profile: one that is kept from the start, in place of deciding; masks and scales follow the weights.
-        folder: where profile, plot and a checkpoint are kept after each epoch. stateful: what a checkpoint holds beside
-        the network, by name: optimiser and schedule. resume: go on from the checkpoint that is in the folder.
+        """constraints: `size` and `macs`, as for `compress`; with none the network trains as it would by itself.
+        epochs: of the whole training. profile: one that is kept from the start, in place of deciding; masks and scales
+        follow the weights. folder: where profile, plot and a checkpoint are kept after each epoch. stateful: what a
+        checkpoint holds beside the network, by name: optimiser and schedule. resume: go on from the checkpoint that is
+        in the folder.
 
         Raises what `Session.prepare` raises, ValueError for a constraint or number of epochs out of its range,
         RecoveryError when there is nothing to resume, or when there is and it was not asked for.
         """
         if epochs < 1:
             raise ValueError(f"give at least 1 epoch, got {epochs}")
-        if "accuracy_drop" in constraints:
-            raise ValueError("a network in training has no uncompressed one to drop from; give size, macs or latency")
+        if refused := sorted(set(constraints) - {"size", "macs"}):
+            raise ValueError(f"{refused[0]!r} cannot be a constraint while a network trains; give size, macs or both")
         self.epochs, self.epoch = epochs, 0
         self.history: list[Epoch] = []
         self._model, self._splits, self._target = model, Splits.read(data), resolve_target(target).name
@@ -123,7 +123,6 @@ class AdaptiveCompression:
         self._constraints, self._options, self._stateful = dict(constraints), options, dict(stateful)
         self._folder = None if folder is None else Path(folder)
         self._dress, self._shapes, self._seen = Dress(model), _shapes(model), Counter[str]()
-        self._handle = model.register_forward_pre_hook(_counter(model, self._seen))
         self._fixed = None if profile is None else dict(profile.entries)
         self._session, self._decider = None, None
         with seeded(options.seed):
@@ -139,11 +138,10 @@ class AdaptiveCompression:
                 self._decider.keep(self._dress, self._fixed)
         if resume:
             set_generators(self._generators)
+        self._handle = model.register_forward_pre_hook(_counter(model, self._seen))
 
     def _checked_session(self) -> Session:
         session = self._prepare()
-        if "latency" in self._constraints:
-            session = with_latency(session)
         if self._constraints:
             session.projection(session.budgets(self._constraints))  # refused at once where nothing can meet them
         session.space.check(self._fixed or {})
