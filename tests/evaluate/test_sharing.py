@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from grainwise import Data
 from grainwise.evaluate import evaluator as module
 from grainwise.evaluate.evaluator import Evaluator
-from grainwise.evaluate.memory import default_limit, free_bytes
 from grainwise.evaluate.sharing import Sharing
 from grainwise.graph.skeleton import skeleton_forward
 from grainwise.plan.choices import Choice, Entry, Granularity, Method
 from grainwise.realise.library import VariantLibrary
+from grainwise.realise.memory import default_limit, free_bytes
 from grainwise.session import Session
 from grainwise.store.studies import Store
 from grainwise.study.measurement import Failure, Measurement

@@ -104,6 +104,19 @@ def test_variants_are_shared_and_the_reference_is_untouched(session: Session) ->
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_a_library_within_a_limit_forgets_and_makes_the_same_again(session: Session) -> None:
+    entries = [{"block.0": Entry(c)} for c in (PRUNE, STUDENT)]
+    entries += [{name: Entry(precision=INT4)} for name in ("down", "block.0", "block.3")]
+    whole, small = VariantLibrary(session.reference), VariantLibrary(session.reference, limit_bytes=100_000)
+    for asked in entries:
+        build(whole, asked), build(small, asked)
+        assert small.solved.kept_bytes <= small.solved.limit_bytes
+    assert whole.solved.kept_bytes > small.solved.limit_bytes
+    for asked in entries:
+        kept, again = build(whole, asked).state_dict(), build(small, asked).state_dict()
+        assert kept.keys() == again.keys() and all(torch.equal(kept[name], again[name]) for name in kept)
+
+
 def test_a_trained_student_beats_the_narrowed_block(session: Session) -> None:
     library = session.evaluator.library
     model = session.reference.model

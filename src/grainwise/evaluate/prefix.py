@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from grainwise.evaluate.data import Batch
-from grainwise.evaluate.memory import default_limit
 from grainwise.graph.forward import tensors_in
 from grainwise.graph.program import Key, Kind, Program
 from grainwise.graph.skeleton import Skeleton
+from grainwise.realise.memory import default_limit
 from grainwise.realise.norms import Standard, matched
 
 KEEP_SECONDS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -49,6 +49,7 @@ class CostModel:
         self._other_sizes: dict[tuple[int, ...], float] = {}
         self._fixed: dict[frozenset[tuple[str, int]], Cost] = {}
         self._shared: dict[tuple[int, Signature], Cost] = {}
+        self.revisions: dict[Hashable, Cost] = {}  # what drafts have computed, by what it depends on
 
     def _layer_cuts(self, layer: Layer) -> tuple[tuple[str, bool, int], ...]:
         """(coupling, cuts outputs, positions per unit) for each coupling that narrows the layer's weight."""

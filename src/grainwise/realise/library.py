@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from grainwise.plan.layers import Block, Layer
 from grainwise.realise.assemble import Narrower
 from grainwise.realise.channels import Kept, kept_positions, rank_units
 from grainwise.realise.disk import VariantsOnDisk
+from grainwise.realise.memory import Recent
 from grainwise.realise.reference import Reference, recording
 
 SAMPLES = 64  # reference inputs that a ghost's filters are fitted on
@@ -38,11 +39,20 @@ class VariantLibrary:
     """Realised layers of one reference, by layer, entry and the channels its couplings left.
 
     The modules are shared between candidates: they are in eval mode, without gradients, and must not be written to.
-    disk: where layers are kept for later searches too. quick: what is lost is made up for where channels are removed
-    and nowhere else, which takes a part of the time: for networks that are trained on.
+    disk: where layers are kept for later searches too. limit_bytes: of memory for layers and their structures, by
+    default a share of what is free; those that were not asked for longest are forgotten, and solved again when needed.
+    quick: what is lost is made up for where channels are removed and nowhere else, which takes a part of the time: for
+    networks that are trained on.
     """
 
-    def __init__(self, reference: Reference, disk: VariantsOnDisk | None = None, *, quick: bool = False) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        disk: VariantsOnDisk | None = None,
+        limit_bytes: int | None = None,
+        *,
+        quick: bool = False,
+    ) -> None:
         self.reference = reference
         self.disk = disk
         self.quick = quick
@@ -57,6 +67,7 @@ class VariantLibrary:
         own = {layer.name for layer in graph.layers if not layer.blocked and not layer.tied_to}
         self._narrower = Narrower(graph.couplings, skip=own)
         self._made: dict[Hashable, object] = {}
+        self.solved = Recent(_tensors_of, limit_bytes)
 
     def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
         """The value under `key`, made at the first call."""
@@ -116,14 +127,14 @@ class VariantLibrary:
 
         def make() -> nn.Module:
             with torch.no_grad():
-                structure = self.once(("structure", *place, entry.structure), solve)
+                structure = self.solved.once(("structure", *place, entry.structure), solve)
                 return realise(structure, entry.precision, self.reference.target).eval().requires_grad_(False)
 
         def find() -> nn.Module:
             key = {"layer": layer.name, "cut": cut, "student": place[2], "entry": str(entry)}
             return self._kept(key, make, describe, construct)
 
-        return self.once(("layer", *place, entry), find)
+        return self.solved.once(("layer", *place, entry), find)
 
     def _kept(
         self,
@@ -206,6 +217,15 @@ class VariantLibrary:
         twin = student.get_submodule(block.name).requires_grad_(True)
         train_block(twin, pairs, steps=STUDENT_STEPS, learning_rate=STUDENT_LEARNING_RATE, seed=0)
         return twin.eval().requires_grad_(False)
+
+
+def _tensors_of(made: nn.Module | Structure) -> Iterator[Tensor]:
+    if isinstance(made, nn.Module):
+        yield from made.parameters()
+        yield from made.buffers()
+        return
+    for problem in (*(stage.problem for stage in made.stages), *(() if made.whole is None else (made.whole,))):
+        yield from (problem.weight, problem.hessian)
 
 
 def _within(before: Tensor | None, after: Tensor | None) -> Tensor | None:

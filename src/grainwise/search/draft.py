@@ -14,6 +14,7 @@ from grainwise.plan.prices import COSTS, Cost, Shared
 from grainwise.plan.projection import BLOCK_STUDENTS, NARROWING
 from grainwise.plan.space import Mask, units_left
 
+_REMEMBERED = 4000  # tables of changes, 7 kB each
 _Numbers = tuple[int, int]
 
 
@@ -48,7 +49,7 @@ class Draft:
         """`[L, S, P, 3]`, read-only: change of the total when a layer takes the entry instead, infinite if illegal."""
         if self._changes is None:
             for index in self._stale:
-                self._additive[index] = self._compute_additive(index)
+                self._additive[index] = self._additive_of(index)
             self._stale.clear()
             shared = self.cost.prices.shared
             self._changes = self._additive + (0.0 if shared is None else self._shared_changes(shared))
@@ -67,6 +68,18 @@ class Draft:
         tables -= shared.of(self.numbers)
         return tables
 
+    def _additive_of(self, index: int) -> NDArray[np.float64]:
+        """`[S, P, 3]` change of what layers pay for themselves when layer `index` takes the entry instead."""
+        read = tuple(self.numbers[i] for i in self.cost.dependencies[index])
+        around = self._widths if self.cost.leads(index) else self.cost.related(index)
+        key = index, read, tuple((name, self._widths[name]) for name in sorted(around) if name in self._widths)
+        known = self.cost.revisions
+        if key not in known:
+            if len(known) > _REMEMBERED:
+                known.clear()
+            known[key] = self._compute_additive(index)
+        return known[key]
+
     def _compute_additive(self, index: int) -> NDArray[np.float64]:
         legal = self._legal(index)
         rest, widths = self._rest(index, 0)
@@ -75,7 +88,6 @@ class Draft:
             if legal[s].any():
                 rest, widths = self._rest(index, s)
                 table[s] = rest + self.cost.table(index, widths)[s]
-        table -= self.total
         table[~legal] = np.inf
         return table
 
@@ -107,16 +119,16 @@ class Draft:
         return widths
 
     def _rest(self, index: int, structure: int) -> tuple[Cost, Widths]:
-        """`[3]` cost of all but layer `index` once it takes `structure`, and the widths that follow."""
+        """`[3]` change of all but layer `index` once it takes `structure`, less its own cost, and the widths then."""
         widths, stripped = self._revised_widths(index, structure), self._strips(index, structure)
         touched = set(stripped)
         for name in widths.keys() | self._widths.keys():
             if widths.get(name) != self._widths.get(name):
                 touched.update(self.cost.touching(name))
-        rest = self.total - self.cost.table(index, self._widths)[self.numbers[index]]
+        rest = -self.cost.table(index, self._widths)[self.numbers[index]]
         if touched:
             rest = rest + self.cost.fixed(widths) - self.cost.fixed(self._widths)
-        for i in touched - {index}:
+        for i in sorted(touched - {index}):
             s, p = self.numbers[i]
             new = (0, p) if i in stripped else (s, p)
             rest = rest + self.cost.table(i, widths)[new] - self.cost.table(i, self._widths)[s, p]
