@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from grainwise.plan.profile import entries_from_json
+from grainwise.report.timeline import timeline
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -325,6 +328,78 @@ def _recovered(task: dict[str, Any]) -> str:
     return f"{_table([*head, 'divergence before', 'after', 'minutes'], rows)}\n\n{note}"
 
 
+WAYS = {
+    "adaptive": "compressed while training",
+    "recovered": "trained, searched, recovered",
+    "fixed": "one profile from the start, found before training",
+    "hindsight": "one profile from the start, the adaptive one's last",
+    "plain": "trained, uncompressed",
+}
+
+
+def adaptive() -> str:
+    """One table a task: a row a way to come to a compressed network, means over the seeds."""
+    if not (RESULTS / "adaptive.json").exists():
+        return "No results yet: `python -m bench.adaptive`."
+    return "\n\n".join(_trained(task) for task in _read("adaptive").values())
+
+
+def _trained(task: dict[str, Any]) -> str:
+    found = {way: [row for row in task["rows"] if row["technique"] == way] for way in WAYS}
+
+    def text(way: str, name: str, scale: float, digits: int) -> str:
+        values = [scale * row[name] for row in found[way]]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    rows = [
+        [words, str(len(found[way])), text(way, "accuracy", 100, 2), text(way, "size", 1, 4), text(way, "macs", 1, 3)]
+        for way, words in WAYS.items()
+        if found[way]
+    ]
+    mine = found["adaptive"]
+    asked = ", ".join(f"{name} ≤ {share:g}" for name, share in task["constraints"].items())
+    shares = ", ".join(f"{100 * row['changed_after_third']:.0f} %" for row in mine)
+    note = (
+        f"Asked: {asked}; {task['epochs']} epochs in all, mean ± deviation over seeds, accuracy of the file on the "
+        f"test split. The search between training and recovery has {task['evaluations']} evaluations and all methods. "
+        f"Entries that changed after the first third of the epochs: {shares} of the layers. {_overhead(found)}"
+        f"`{task['command']}` on {task['machine']}."
+    )
+    head = ["way", "seeds", "test accuracy, %", "size", "MACs"]
+    return f"### {task['title']}\n\n{_table(head, rows)}\n\n{note}"
+
+
+def _overhead(found: dict[str, list[dict[str, Any]]]) -> str:
+    """What adaptive training takes beyond plain training, for the seeds that have both."""
+    plain = {row["seed"]: row["train_seconds"] for row in found["plain"]}
+    mine = [row for row in found["adaptive"] if row["seed"] in plain]
+    if not mine:
+        return ""
+    whole = sum(plain[row["seed"]] for row in mine) / 100
+    steps = sum(row["train_seconds"] - plain[row["seed"]] for row in mine) / whole
+    hook, first = (sum(row[f"{part}_seconds"] for row in mine) / whole for part in ("hook", "prepare"))
+    return (
+        f"Beyond the processor time of plain training: decisions {hook:.1f} %, slower steps {steps:.1f} %, what is "
+        f"prepared before the first epoch {first:.1f} %. "
+    )
+
+
+def timelines() -> dict[str, str]:
+    """By file in docs/, the plot of an adaptive run of each task."""
+    if not (RESULTS / "adaptive.json").exists():
+        return {}
+    found = {}
+    for name, task in _read("adaptive").items():
+        row = next((row for row in task["rows"] if row["technique"] == "adaptive"), None)
+        if row is None or name == "overhead":
+            continue
+        found[f"adaptive-{name}.svg"] = timeline(
+            row["layers"], [entries_from_json(epoch["entries"]) for epoch in row["epochs"]]
+        )
+    return found
+
+
 EQUAL = 0.001  # of the metric: ten pictures of ten thousand
 
 
@@ -443,6 +518,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "recover": ("docs/recover.md", recover),
     "store": ("docs/studies.md", store),
     "scaling": ("docs/scaling.md", scaling),
+    "adaptive": ("docs/adaptive.md", adaptive),
 }
 
 
@@ -453,6 +529,8 @@ def main() -> None:
         head, _, rest = path.read_text(encoding="utf-8").partition(begin)
         tail = rest.partition(end)[2]
         path.write_text(f"{head}{begin}\n{make()}\n{end}{tail}", encoding="utf-8")
+    for file, picture in timelines().items():
+        (ROOT / "docs" / file).write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":

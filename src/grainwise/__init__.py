@@ -5,6 +5,8 @@ from typing import Any
 
 # Public names and where they live; resolved on first use, so that the command line starts without torch.
 _PUBLIC = {
+    "AdaptiveCompression": "adaptive",
+    "AdaptiveOptions": "recover.pressure",
     "CompressionProfile": "plan.profile",
     "Data": "evaluate.data",
     "Observer": "api",

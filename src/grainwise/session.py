@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from grainwise.evaluate.calibration import Calibration
-from grainwise.evaluate.data import Data, Splits, take
+from grainwise.evaluate.data import Batch, Data, Splits, take
 from grainwise.evaluate.deployed import file_metric, first_sample, race, race_figures
 from grainwise.evaluate.evaluator import Candidate, Evaluator, Scoring
 from grainwise.evaluate.evaluator import other_tensors as packed_tensors
@@ -30,7 +30,7 @@ from grainwise.graph.forward import Forward, default_forward
 from grainwise.graph.proof import prove
 from grainwise.graph.skeleton import build_skeleton, skeleton_forward
 from grainwise.graph.statistics import feature_statistics
-from grainwise.graph.trace import trace
+from grainwise.graph.trace import eval_mode, trace
 from grainwise.plan.choices import Entry, Method
 from grainwise.plan.cost import CostModel
 from grainwise.plan.layers import LayerGraph
@@ -74,7 +74,7 @@ class Session:
     @staticmethod
     def prepare(
         model: nn.Module,
-        data: Data,
+        data: Data | Splits,
         *,
         metric: str | Metric = "accuracy",
         divergence: str | None = None,
@@ -90,7 +90,7 @@ class Session:
         `packed` needs no file), or ValueError for an unknown target.
         """
         where = resolve_target(target)
-        splits = Splits.read(data)
+        splits = data if isinstance(data, Splits) else Splits.read(data)
         kind = divergence or ("kl" if metric == "accuracy" else "mse")
         scoring = Scoring(resolve_metric(metric), DIVERGENCES[kind], forward)
         example = take(splits.calibration, EXAMPLE_SAMPLES)[0].inputs
@@ -113,6 +113,24 @@ class Session:
     @property
     def reference(self) -> Reference:
         return self.evaluator.library.reference
+
+    def moved(self, model: nn.Module, search: tuple[Batch, ...]) -> Session:
+        """The same network with other weights, for a quick look at them while they are trained: its structure, its
+        legal entries and their costs stay, all that follows from weights is new. Candidates are ranked on `search`, and
+        what they lose is made up for in removed channels alone (`VariantLibrary.quick`). model: is copied.
+        """
+        before, skeleton = self.reference, self.reference.skeleton
+        if skeleton is not None:
+            module, state = copy.deepcopy(skeleton.module), model.state_dict()
+            module.load_state_dict({name: state.get(name, value) for name, value in module.state_dict().items()})
+            skeleton = replace(skeleton, module=module)
+        reference = Reference.gather(model, before.graph, before.calibration, before.forward, before.target, skeleton)
+        splits = replace(self.splits, search=search)
+        ranked = self.evaluator
+        sharing = replace(ranked.sharing, folder=None, measurements=False)
+        library = VariantLibrary(reference, quick=True)
+        evaluator = Evaluator(library, splits, self.cost, ranked.scoring, ranked.marked, sharing)
+        return replace(self, splits=splits, evaluator=evaluator, model_fingerprint=fingerprint(model))
 
     def features(self) -> Tensor:
         """`[L, F]` static inputs of the controller, feature-map statistics included."""
@@ -254,7 +272,8 @@ class Session:
 def mark(model: nn.Module, example: Any, forward: Forward, graph: LayerGraph) -> tuple[LayerGraph, MarkedGraph]:
     """The ONNX graph of the network, and its layers with what ONNX does not let through refused."""
     try:
-        skeleton = build_skeleton(model, example, forward, graph)
+        with eval_mode(model):
+            skeleton = build_skeleton(model, example, forward, graph)
     except Exception as error:  # torch.export has no common error class
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ExportError(f"torch.export cannot show this network as a graph ({first}); use target='packed'") from error

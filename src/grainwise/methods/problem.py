@@ -6,7 +6,7 @@ matrix (`[O, K]`; for an Embedding `[tokens, width]`), V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ EXACT_SIZE = 1024  # up to this K inverses are taken in float64; beyond, time an
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """H + 1 % of its mean diagonal, so that it can be inverted; shape as given (`[G, K, K]`, or `[V]` for a diagonal).
+    """H + 1 % of its mean diagonal, so that it can be inverted; shape as given (`[G, K, K]`, or a diagonal `[G, K]`, or
+    `[V]` for an Embedding).
 
     Inputs that were never active get the damping alone; an all-zero H becomes the identity.
     Raises ValueError for values that are not finite.
@@ -30,11 +31,18 @@ def damped(hessian: Tensor) -> Tensor:
     if hessian.dim() == 1:
         mean = hessian.mean()
         return hessian + (DAMPING * mean if mean > 0 else 1.0)
-    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
+    mean = diagonal(hessian).mean(1)
     # A group that saw next to nothing (below 1e-30 products underflow) borrows the mean of the others.
     spare = mean.mean() if bool(mean.mean() > FAINT) else torch.ones((), dtype=hessian.dtype)
     added = torch.where(mean > max(FAINT, 1e-12 * float(mean.max())), DAMPING * mean, spare)
+    if hessian.dim() == 2:
+        return hessian + added[:, None]
     return hessian + torch.diag_embed(added[:, None].expand(-1, hessian.shape[1]))
+
+
+def diagonal(hessian: Tensor) -> Tensor:
+    """`[G, K]` of an H that is whole or a diagonal."""
+    return hessian if hessian.dim() == 2 else hessian.diagonal(dim1=1, dim2=2)
 
 
 def inverse(hessian: Tensor) -> Tensor:
@@ -52,6 +60,8 @@ def times_hessian(matrix: Tensor, hessian: Tensor) -> Tensor:
     """Each row `[R, C]` times the H of its group; a diagonal H `[R]` weighs whole rows (Embedding)."""
     if hessian.dim() == 1:
         return matrix * hessian[:, None]
+    if hessian.dim() == 2:
+        return (by_group(matrix, hessian.shape[0]) * hessian[:, None]).reshape(matrix.shape)
     return torch.bmm(by_group(matrix, hessian.shape[0]), hessian).reshape(matrix.shape)
 
 
@@ -68,7 +78,8 @@ class LayerProblem:
     weight: float32, shape as torch stores it (`geometry.weight_shape`).
     bias: `[O]`, or None.
     hessian: `[G, K, K]` E[x xᵀ] of the unfolded inputs of each group, ordered as `weight.reshape(O, K)`; for an
-        Embedding `[V]` token frequencies. Not damped.
+        Embedding `[V]` token frequencies. Not damped. By its diagonal `[G, K]` alone nothing is compensated or
+        re-fitted: pruning and quantisation are then solved in a small part of the time.
     Raises ValueError for shapes that do not fit the geometry.
     """
 
@@ -79,7 +90,9 @@ class LayerProblem:
 
     def __post_init__(self) -> None:
         g = self.geometry
-        expected = (g.inputs,) if g.kind is Kind.EMBEDDING else (g.groups, g.fan_in, g.fan_in)
+        expected = (
+            (g.inputs,) if g.kind is Kind.EMBEDDING else (g.groups, g.fan_in, g.fan_in)[: max(2, self.hessian.dim())]
+        )
         if tuple(self.weight.shape) != g.weight_shape:
             raise ValueError(f"weight of shape {tuple(self.weight.shape)} does not fit the geometry's {g.weight_shape}")
         if tuple(self.hessian.shape) != expected:
@@ -100,7 +113,7 @@ class LayerProblem:
         shape = (self.geometry.rows, self.geometry.columns)
         if h.dim() == 1:
             return h[:, None].expand(shape)
-        return h.diagonal(dim1=1, dim2=2).repeat_interleave(shape[0] // h.shape[0], dim=0)
+        return diagonal(h).repeat_interleave(shape[0] // h.shape[0], dim=0)
 
     def relative_error(self, weight: Tensor) -> float:
         """tr(ΔHΔᵀ) / tr(WHWᵀ) of a weight in any shape that holds `[R, C]`; 0 is perfect, 1 is as bad as zero."""
@@ -108,6 +121,10 @@ class LayerProblem:
         return energy(difference, self.hessian) / max(
             energy(self.matrix, self.hessian), torch.finfo(torch.float32).tiny
         )
+
+    def uncompensated(self) -> LayerProblem:
+        """The problem with the diagonal of H alone."""
+        return self if self.hessian.dim() < 3 else replace(self, hessian=diagonal(self.hessian))
 
     def narrowed(self, kept_inputs: Tensor | None, kept_outputs: Tensor | None) -> LayerProblem:
         """The layer with fewer channels: `kept_inputs`, `kept_outputs` int64 indices, or None for all.

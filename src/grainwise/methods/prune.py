@@ -66,10 +66,11 @@ def _prune(problem: LayerProblem, stage: Stage, select: Callable[[Tensor, float]
         inverse_diagonal = inverse(damped(h)).diagonal(dim1=1, dim2=2)
         cost = inverse_diagonal.reciprocal().repeat_interleave(cost.shape[0] // h.shape[0], dim=0)
     weights, mask = problem.matrix, torch.ones_like(problem.matrix, dtype=torch.bool)
-    for round_number in range(1, ROUNDS + 1):
+    rounds = ROUNDS if h.dim() == 3 else 1  # nothing moves without a re-fit
+    for round_number in range(1, rounds + 1):
         # What is gone stays gone: it ranks below a kept weight that happens to be zero.
         saliency = torch.where(mask, weights.square() * cost, -1.0)
-        mask = select(saliency, round_number / ROUNDS)
+        mask = select(saliency, round_number / rounds)
         weights = refit(problem.matrix, mask, h, start=weights)
     pruned = LayerProblem(problem.geometry, weights.reshape(problem.weight.shape), problem.bias, h)
     return Structure((StageProblem(pruned, stage, mask),))

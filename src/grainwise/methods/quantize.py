@@ -113,7 +113,7 @@ def quantize(stage: StageProblem, choice: Choice, reach: float | None = None) ->
     scale = search_scale(
         sharing_rows(problem.matrix, g, granularity), sharing_rows(importance, g, granularity), bits, reach
     )
-    if problem.hessian.dim() == 1:  # H is diagonal: nothing can be compensated
+    if problem.hessian.dim() < 3:  # H is diagonal: nothing can be compensated
         return _coded(problem.matrix, scale, g, granularity, bits, reach)
 
     def rounder(scale: Tensor) -> _ColumnRounder:

@@ -65,7 +65,7 @@ def refit(
 
     start: a guess on the support, to go on from an earlier solution. A diagonal H leaves kept weights as they are.
     """
-    if hessian.dim() == 1:
+    if hessian.dim() < 3:
         return matrix * mask
     h = damped(hessian)
     keep = mask.to(matrix.dtype)

@@ -41,13 +41,21 @@ class VariantLibrary:
     The modules are shared between candidates: they are in eval mode, without gradients, and must not be written to.
     disk: where layers are kept for later searches too. limit_bytes: of memory for layers and their structures, by
     default a share of what is free; those that were not asked for longest are forgotten, and solved again when needed.
+    quick: what is lost is made up for where channels are removed and nowhere else, which takes a part of the time: for
+    networks that are trained on.
     """
 
     def __init__(
-        self, reference: Reference, disk: VariantsOnDisk | None = None, limit_bytes: int | None = None
+        self,
+        reference: Reference,
+        disk: VariantsOnDisk | None = None,
+        limit_bytes: int | None = None,
+        *,
+        quick: bool = False,
     ) -> None:
         self.reference = reference
         self.disk = disk
+        self.quick = quick
         graph = reference.graph
         self._couplings = {c.name: c for c in graph.couplings if c.frozen is None}
         self._related: dict[str, tuple[str, ...]] = {  # couplings that narrow a layer's weight
@@ -114,7 +122,7 @@ class VariantLibrary:
         place = (layer.name, cut, student and (student[0].name, student[1]))
 
         def solve() -> Structure:
-            problem = self._student_problem(layer, kept, *student) if student else self._problem(layer, kept)
+            problem = self._student_problem(layer, kept, *student) if student else self.problem(layer, kept)
             return restructure(problem, entry.structure, self._sample(layer, kept, entry.structure))
 
         def make() -> nn.Module:
@@ -146,8 +154,10 @@ class VariantLibrary:
             self.disk.save(key, describe(module), module.state_dict())
         return module.eval().requires_grad_(False)
 
-    def _problem(self, layer: Layer, kept: Kept) -> LayerProblem:
-        return self.reference.problem(layer.name).narrowed(*self.positions(layer, kept))
+    def problem(self, layer: Layer, kept: Kept) -> LayerProblem:
+        """The problem of `layer` with only the kept channels, re-fitted to them."""
+        narrowed = self.reference.problem(layer.name).narrowed(*self.positions(layer, kept))
+        return narrowed.uncompensated() if self.quick else narrowed
 
     def _student_problem(self, layer: Layer, kept: Kept, block: Block, units: int) -> LayerProblem:
         """The problem of a student's layer: its trained weights at the student's inner width, then narrowed further by
@@ -157,7 +167,7 @@ class VariantLibrary:
         trained = self.student(block, units).get_submodule(layer.name.removeprefix(block.name + "."))
         weight, bias = trained.weight, trained.bias
         assert isinstance(weight, Tensor)
-        problem = replace(self._problem(layer, inner), weight=weight, bias=bias if isinstance(bias, Tensor) else None)
+        problem = replace(self.problem(layer, inner), weight=weight, bias=bias if isinstance(bias, Tensor) else None)
         pairs = zip(self.positions(layer, inner), self.positions(layer, kept), strict=True)
         return problem.narrowed(*(_within(before, after) for before, after in pairs))
 

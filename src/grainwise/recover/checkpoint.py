@@ -84,6 +84,11 @@ class Checkpoint:
             folder.rmdir()
 
 
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
     """Of values, names and facts; tensors in the order of their names."""
     parts = [tensors_digest(tensors.values()), *tensors, facts]

@@ -18,7 +18,7 @@ from grainwise.interrupt import StopFlag, Stopped, stop_flag
 from grainwise.realise.deploy import set_ranges
 from grainwise.realise.reference import fingerprint
 from grainwise.recover.batches import TrainingBatches
-from grainwise.recover.checkpoint import Checkpoint
+from grainwise.recover.checkpoint import Checkpoint, part
 from grainwise.recover.errors import RecoveryError
 from grainwise.recover.options import STANDARD, RecoverOptions, TrainingBudget, learning_rate
 from grainwise.recover.step import Distillation, NotFinite, Student, train_step
@@ -256,13 +256,9 @@ class _Run:
                 parts = ("step", "exp_avg", "exp_avg_sq")
                 if self._at.step:
                     self._optimiser.state[parameter] = {p: kept.tensors[f"adam.{p}.{name}"].clone() for p in parts}
-        self._network.load_state_dict(_part(kept.tensors, "network."))
-        self._best = _part(kept.tensors, "best.")
+        self._network.load_state_dict(part(kept.tensors, "network."))
+        self._best = part(kept.tensors, "best.")
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in network.state_dict().items()}
-
-
-def _part(tensors: Any, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
