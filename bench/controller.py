@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -171,7 +172,7 @@ def main() -> None:
         return
     session = bench.session(SpaceKind.CHAIN)
     body = {
-        "command": " ".join(["python -m bench.controller", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "bench.controller", *sys.argv[1:]]),
         "machine": f"{device_name()}, torch {torch.__version__}, 1 thread",
         "constraints": dict(TASK.constraints),
         "evaluations": arguments.evaluations,

@@ -202,7 +202,7 @@ def _later_searches(subject: Subject, folder: Path) -> Iterator[tuple[str, Calla
             zip(subject.profiles, shared_loop(subject, evaluator), strict=True)
         ):
             trial = Trial(number, entries, outcome, None, "first", 0.0)
-            store.add("first", trial, key=evaluator.key(entries))
+            store.add("first", trial, keys={number: evaluator.key(entries)})
         yield (
             "the same profiles in another study: measurements from the store",
             lambda: shared_loop(subject, subject.evaluator(EVERYTHING), store),

@@ -1,6 +1,6 @@
 """What the store costs: processes that fill one study at the same time, and what a trial adds to its evaluation.
 
-    python -m bench.store [--processes 8] [--trials 500] [--layers 500] [--url URL]
+    python -m bench.store [--processes 8] [--trials 500] [--layers 500] [--postgres | --url URL]
 
 First `processes` processes add `trials` trials each to one study, profiles of 20 layers, as fast as they can. Then one
 process does for a trial what the driver does (queued and started in batches of 16, then added, a checkpoint of 500 kB
@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from grainwise.search.driver import BATCH
 from grainwise.store.studies import Checkpoint, Store, StoreError
 from grainwise.study.measurement import Measurement
 from grainwise.study.trial import Task, Trial
+from tests.store.postgres import server
 
 RESULTS = Path(__file__).parent / "results" / "store.json"
 STATE_BYTES = 500_000  # of a searcher: about the controller's after 200 trials
@@ -51,7 +54,7 @@ def fill(url: str, first: int, trials: int, told: Queue[tuple[list[float], str]]
         for number in range(first, first + trials):
             start = time.monotonic()
             entries = profile(20, number)
-            store.start("together", [number], f"worker {first}", time.time())
+            store.start("together", {number: f"worker {first}"}, time.time())
             store.add("together", trial(number, entries, f"worker {first}"))
             seconds.append(time.monotonic() - start)
         told.put((seconds, ""))
@@ -100,9 +103,9 @@ def overhead(url: str, layers: int, batches: int) -> dict[str, Any]:
         profiles = {number: profile(layers, number) for number in range(first, first + BATCH)}
         start, processor = time.monotonic(), time.process_time()
         store.queue("alone", [Task(number, entries, "controller", first) for number, entries in profiles.items()])
-        store.start("alone", list(profiles), "worker", time.time())
+        store.start("alone", dict.fromkeys(profiles, "worker"), time.time())
         for number, entries in profiles.items():
-            store.add("alone", trial(number, entries, "worker"), key=f"{number:064}")
+            store.add("alone", trial(number, entries, "worker"), keys={number: f"{number:064}"})
         store.save_checkpoint("alone", Checkpoint(first + BATCH, {"rng": 1}, bytes(STATE_BYTES)))
         wall.append((time.monotonic() - start) / BATCH)
         cpu.append((time.process_time() - processor) / BATCH)
@@ -119,13 +122,17 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--layers", type=int, default=500)
-    parser.add_argument("--url", help="of an empty database")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--url", help="of an empty database")
+    where.add_argument("--postgres", action="store_true", help="a server of this bench's own, forced to the disk")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        url = given.url or f"sqlite:///{folder}/store.db"
+    load = os.getloadavg()[0]  # with other work on the machine, times are the disk's and the scheduler's
+    with tempfile.TemporaryDirectory() as folder, server(durable=True) if given.postgres else nullcontext("") as own:
+        url = given.url or (f"{own}/postgres" if own else f"sqlite:///{folder}/store.db")
         body = {
-            "command": f"python -m bench.store --processes {given.processes} --trials {given.trials}",
-            "machine": device_name(),
+            "command": f"python -m bench.store --processes {given.processes} --trials {given.trials}"
+            + " --postgres" * bool(given.postgres),
+            "machine": f"{device_name()}, load {load:.1f} before",
             "database": url.partition(":")[0],
             "together": together(url, given.processes, given.trials),
             "alone": overhead(url, given.layers, 20),

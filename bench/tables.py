@@ -72,8 +72,8 @@ def controller() -> str:
 
     def text(rows: list[dict[str, Any]], name: str, digits: int, scale: float = 1) -> str:
         values = [scale * row.get(name, float("nan")) for row in rows]
-        spread = statistics.stdev(values) if len(values) > 1 else 0
-        return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
 
     lines = [
         [
@@ -316,8 +316,8 @@ def _recovered(task: dict[str, Any]) -> str:
     for row in task["rows"]:
         by_epochs.setdefault(row["epochs"], []).append(drop(row["after"]))
     means = "; ".join(
-        f"epochs {epochs}: drop {statistics.mean(drops):.2f} ± "
-        f"{statistics.stdev(drops) if len(drops) > 1 else 0:.2f} points, seeds {len(drops)}"
+        f"epochs {epochs}: drop {statistics.mean(drops):.2f}"
+        + (f" ± {statistics.stdev(drops):.2f} points, seeds {len(drops)}" if len(drops) > 1 else " points, one seed")
         for epochs, drops in by_epochs.items()
     )
     note = (
@@ -474,6 +474,38 @@ def _peer(name: str, rows: list[dict[str, Any]]) -> list[str]:
     return [f"`{name}`", text("accuracy", 100, 2), text("accuracy_as_it_came", 100, 2), *shares, text("seconds", 1, 0)]
 
 
+def store() -> str:
+    bodies = _read("store")
+    head = ["database", "errors", "trials/s", "p99, ms", "500 layers: ms a trial", "of these processor"]
+    lines = []
+    for name, body in bodies.items():
+        many, one = body["together"], body["alone"]
+        figures = (many["trials_per_second"], many["p99_ms"], one["median_ms"], one["processor_ms"])
+        lines.append([name, str(len(many["errors"])), *map(str, figures)])
+    return f"{_table(head, lines)}\n\n" + "; ".join(f"{b['command']} on {b['machine']}" for b in bodies.values()) + "."
+
+
+def scaling() -> str:
+    body = _read("scaling")
+    shares = ("efficiency", "waiting_for_batches", "driver_and_store")
+    head = [
+        "workers",
+        "evaluations/s",
+        "efficiency",
+        "waiting for batches",
+        "driver and store",
+        "processor, ms a trial",
+    ]
+    lines = [
+        [str(r["workers"]), str(r["evaluations_per_second"]), *(f"{r[s]:.1%}" for s in shares), str(r["processor_ms"])]
+        for r in body["rows"]
+    ]
+    return (
+        f"{_table(head, lines)}\n\n{body['seconds']:g} s an evaluation, profiles of {body['layers']} layers; "
+        f"`{body['command']}` on {body['machine']}."
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "frontier": ("README.md", frontier),
     "controller": ("docs/controller.md", controller),
@@ -484,6 +516,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "deploy": ("docs/deploy.md", deploy),
     "peers": ("docs/peers.md", peers),
     "recover": ("docs/recover.md", recover),
+    "store": ("docs/studies.md", store),
+    "scaling": ("docs/scaling.md", scaling),
     "adaptive": ("docs/adaptive.md", adaptive),
 }
 

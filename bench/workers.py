@@ -46,7 +46,8 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Data]]] = {
 def run(pool: Pool, profiles: Profiles) -> tuple[float, dict[int, Outcome]]:
     """(seconds, outcomes)."""
     start = time.monotonic()
-    judged = list(pool.run(profiles, lambda key: None, lambda numbers, worker: None, lambda: False))
+    run = pool.run(profiles, lambda key: None, lambda hands: None, lambda: False)
+    judged = [each for ended in run for each in ended]
     return time.monotonic() - start, {each.number: each.outcome for each in judged}
 
 

@@ -21,7 +21,7 @@ from grainwise.plan.choices import Method
 from grainwise.plan.profile import CompressionProfile, ProfileError
 from grainwise.plan.projection import Projection
 from grainwise.plan.space import SpaceKind
-from grainwise.search.driver import Budget, Judge, search
+from grainwise.search.driver import BATCH, Budget, Judge, search
 from grainwise.search.registry import Given, Table, technique
 from grainwise.search.rl import ControllerConfig
 from grainwise.search.searcher import Searcher
@@ -115,8 +115,10 @@ def compress(
     options: SearchOptions = SearchOptions(),
     observer: Observer = SILENT,
     sharing: Sharing = EVERYTHING,
-    workers: int = 1,
+    workers: int | None = None,
     limit_seconds: float | None = None,
+    pool: str | None = None,
+    address: str | None = None,
 ) -> Result:
     """Search the compression of each layer of `model` and return the really compressed network.
 
@@ -126,7 +128,10 @@ def compress(
         a file. budget: evaluations (`300`) or time (`"20m"`).
     study, store: where trials are kept as they finish. resume: go on with a study that was cut; the same profiles
         follow as in an uncut search. sharing: what is computed once; with a folder, later searches begin warm.
-    workers: processes that evaluate, 1 for this one; the same profiles follow with any number of them.
+    workers: processes that evaluate, 1 unless given; the same profiles follow with any number of them, but that a study
+        begun with more than BATCH has batches of as many.
+    pool: `inline`, `processes`, `ray`; by default processes where there are several or a limit. address: of a Ray
+        cluster, or `auto`, whose processors all evaluate unless `workers` says otherwise.
     limit_seconds: of one evaluation, which then runs in another process even with one worker: what takes longer three
         times is a failed trial.
 
@@ -168,7 +173,7 @@ def compress(
             measure,
             lambda scores: aimed(session, budgets, scores),
             resume=resume,
-            noted={"budget": str(budget)},
+            noted={"budget": str(budget), "batch": max(BATCH, workers or 1)},
         )
         projection = session.projection(budgets, aim)
         searcher = make_searcher(session, projection, sensitivity, options, limit.evaluations)
@@ -186,7 +191,7 @@ def compress(
             seen.append(trial)
             observer.trial(trial, best(seen, budgets))
 
-        with pool_of(session, workers, limit_seconds) as pool:
+        with pool_of(session, pool, workers, limit_seconds, address) as opened:
             trials = search(
                 searcher=searcher,
                 judge=judge,
@@ -194,7 +199,8 @@ def compress(
                 study=study,
                 budget=limit,
                 observer=watch,
-                pool=pool,
+                batch=database.settings(study).get("batch", BATCH),  # a study goes on in the batches that it began in
+                pool=opened,
                 stop=observer.stop,
             )
     finally:
@@ -204,11 +210,27 @@ def compress(
 
 
 @contextmanager
-def pool_of(session: Session, workers: int, limit_seconds: float | None) -> Iterator[Pool]:
-    """Where a search evaluates, until it ends. Raises ValueError for fewer than 1 worker or no time."""
-    pool: Pool = Inline(session.evaluator)
-    if workers != 1 or limit_seconds is not None:
-        pool = Processes(session.evaluator, workers, limit_seconds)
+def pool_of(
+    session: Session, kind: str | None, workers: int | None, limit_seconds: float | None, address: str | None
+) -> Iterator[Pool]:
+    """Where a search evaluates, until it ends. Raises ValueError for an unknown pool, or what it does not take."""
+    evaluate = session.evaluator
+    alone = workers in (None, 1) and limit_seconds is None
+    match kind or ("inline" if alone else "processes"):
+        case "inline" if alone and address is None:
+            pool: Pool = Inline(evaluate)
+        case "inline":
+            raise ValueError("the pool inline is this process: it takes no workers, no limit and no address")
+        case "processes" if address is None:
+            pool = Processes(evaluate, 1 if workers is None else workers, limit_seconds)
+        case "processes":
+            raise ValueError(f"the pool processes is this machine alone; for {address} give --pool ray")
+        case "ray":
+            from grainwise.workers.cluster import Cluster
+
+            pool = Cluster(evaluate, workers, limit_seconds, address)
+        case other:
+            raise ValueError(f"no pool is called {other!r}; give inline, processes or ray")
     try:
         yield pool
     finally:

@@ -352,8 +352,8 @@ class Result:
         watch: Watch = lambda done, total, note: None,
     ) -> Result:
         """Fine-tune the network, by distillation from the uncompressed one, on exactly the numerics that are deployed;
-        bytes, kernels and the profile stay what they are. The state after the epoch of lowest divergence on the search
-        split is the result; this one, if that is clearly worse (`recover.recovery.FLATTERED`).
+        bytes, kernels and the profile stay what they are. The state of lowest divergence on the search split is the
+        result: after one of the epochs, or this one.
 
         train: batches as those of `Data`, disjoint from its splits, that can be read anew each epoch; labels are not
         read. epochs or minutes: how long, 3 epochs unless given. folder: where checkpoints are kept meanwhile; resume:

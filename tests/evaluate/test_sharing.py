@@ -70,7 +70,7 @@ def test_a_measurement_is_known_again_and_not_made_again(tmp_path: Path) -> None
     store.create("first", {})
     expected = judged(first, asked)
     for number, (entries, outcome) in enumerate(zip(asked, expected, strict=True)):
-        store.add("first", Trial(number, entries, outcome, None, "test", 0.0), key=first.key(entries))
+        store.add("first", Trial(number, entries, outcome, None, "test", 0.0), keys={number: first.key(entries)})
     second = again(session)
     found = dict(second.many(asked, store.measurement))
     assert [found[number] for number in range(6)] == expected

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grainwise.methods.activations import (
+    CACHED,
     KEPT,
     SHARES,
     DynamicLinear,
@@ -211,6 +212,31 @@ def test_static_convolution_is_integer_arithmetic(seed: int, name: str, bits: in
     assert torch.equal(found, torch.from_numpy(expected * y_scale))
 
 
+@torch.enable_grad()
+@pytest.mark.parametrize("name", list(GEOMETRIES))
+def test_a_static_convolution_is_trained_as_the_plain_one(name: str) -> None:
+    """Its values are whole numbers of steps, its gradients those of the convolution that they round."""
+    g, rng = GEOMETRIES[name], np.random.default_rng(0)
+    layer = empty_stage(Stage(g), Choice(Method.QUANTIZE, Granularity.CHANNEL, 4), Realisation.STATIC)
+    codes = torch.from_numpy(rng.integers(1, 16, (g.rows, g.columns)).astype(np.uint8))
+    layer.packed.store(codes, torch.from_numpy(rng.uniform(0.01, 0.1, g.rows)).half(), None)
+    refresh(layer)
+    layer.x_scale.fill_(0.1)
+    layer.y_scale.fill_(0.5)
+    weight = layer.weight.clone().requires_grad_()
+    layer.weight = weight
+    x = (0.1 * torch.from_numpy(rng.integers(0, 256, (2, g.inputs, *(9,) * len(g.kernel))))).float().requires_grad_()
+    read = [value for value in (x, weight, layer.bias) if value is not None]
+    found = layer(x)
+    with torch.no_grad():
+        assert torch.equal(found, layer(x)) and torch.equal((found / 0.5).round() * 0.5, found)
+    plain = layer._conv_forward(x, weight, layer.bias)
+    assert (found - plain).abs().max() <= 0.25 * 1.001
+    pull = noise(*found.shape)
+    for got, wanted in zip(*(torch.autograd.grad((y * pull).sum(), read) for y in (found, plain)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
 def test_an_uncalibrated_static_layer_is_an_ordinary_one() -> None:
     layer = StaticConv2d(3, 4, 3)
     layer.register_buffer("x_scale", torch.zeros(()))
@@ -279,3 +305,10 @@ def test_sums_of_rounded_values_pass_gradients_on() -> None:
     total(a, b).sum().backward()
     torch.testing.assert_close(a.grad, torch.ones(7))
     torch.testing.assert_close(b.grad, torch.ones(7))
+
+
+def test_a_large_sum_is_made_of_small_ones() -> None:
+    total = EightBitSum(point(0.1, 128), point(0.2, 3), point(0.25, 128))
+    a, b = noise(2, 3, 7, CACHED // 8, seed=1), noise(2, 3, 7, CACHED // 8, seed=2)
+    rows = [total(first[None], second[None]) for first, second in zip(a, b, strict=True)]
+    assert torch.equal(total(a, b), torch.cat(rows))

@@ -33,8 +33,11 @@ def _free_port() -> int:
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """The URL of a running server, without a database. The server refuses to run as root, so root lends it a user."""
+def server(durable: bool = False) -> Iterator[str]:
+    """The URL of a running server, without a database. The server refuses to run as root, so root lends it a user.
+
+    durable: force what is written to the disk; else not, since what is on it goes with the tests.
+    """
     programs, port = _programs(), _free_port()
     user = "postgres" if os.getuid() == 0 else None
     folder = tempfile.mkdtemp(prefix="grainwise-postgres-")
@@ -53,9 +56,8 @@ def server() -> Iterator[str]:
             "UTF8",
             "--no-sync",
         ]
-        subprocess.run(made, check=True, capture_output=True, user=user, cwd=folder)
-        # -F: nothing is forced to the disk, since what is on it goes with the tests
-        given = ["-F", "-D", f"{folder}/data", "-k", folder, "-h", "127.0.0.1", "-p", str(port)]
+        subprocess.run([str(word) for word in made], check=True, capture_output=True, user=user, cwd=folder)
+        given = [*([] if durable else ["-F"]), "-D", f"{folder}/data", "-k", folder, "-h", "127.0.0.1", "-p", str(port)]
         with open(f"{folder}/log", "wb") as log:
             process = subprocess.Popen([programs / "postgres", *given], user=user, cwd=folder, stdout=log, stderr=log)
         try:
@@ -71,7 +73,7 @@ def server() -> Iterator[str]:
 def _wait(programs: Path, port: int, folder: Path) -> None:
     for _ in range(300):
         ready = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
-        if subprocess.run(ready, check=False).returncode == 0:
+        if subprocess.run([str(word) for word in ready], check=False).returncode == 0:
             return
         time.sleep(0.1)
     raise RuntimeError(f"PostgreSQL did not start in 30 s:\n{(folder / 'log').read_text()}")

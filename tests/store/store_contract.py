@@ -37,8 +37,8 @@ def fill(url: str, first: int, count: int, layers: int, begin: Any, told: Any) -
     begin.wait()
     try:
         for number in range(first, first + count):
-            store.start("s", [number], f"host:{first}", 1.75e9)
-            store.add("s", replace(trial(number, f"host:{first}"), entries=entries), key=f"key {number % 7}")
+            store.start("s", {number: f"host:{first}"}, 1.75e9)
+            store.add("s", replace(trial(number, f"host:{first}"), entries=entries), keys={number: f"key {number % 7}"})
         told.put("done")
     except StoreError as error:
         told.put(str(error))
@@ -96,10 +96,10 @@ class StoreContract:
     def test_a_trial_goes_from_the_queue_through_a_workers_hands_to_its_end(self, store: Store) -> None:
         store.queue("s", TASKS)
         assert store.study("s").counts == {State.PENDING: 3}
-        store.start("s", [1, 2], "host:1", 5.5)
+        store.start("s", {1: "host:1", 2: "host:1"}, 5.5)
         assert store.study("s").running == (UnderWay(1, "host:1", 5.5), UnderWay(2, "host:1", 5.5))
         store.add("s", FAILED)
-        store.start("s", [2], "host:2", 6.5)  # given to another worker, since the first was lost
+        store.start("s", {2: "host:2"}, 6.5)  # given to another worker, since the first was lost
         store.add("s", trial(2, "host:2"))
         assert store.study("s").counts == {State.PENDING: 1, State.FAILED: 1, State.DONE: 1}
         assert store.trials("s") == (FAILED, trial(2, "host:2"))
@@ -109,7 +109,7 @@ class StoreContract:
 
     def test_late_answers_of_others_are_refused(self, store: Store) -> None:
         store.queue("s", TASKS)
-        store.start("s", [0], "host:1", 5.5)
+        store.start("s", {0: "host:1"}, 5.5)
         store.queue("s", TASKS)  # a second process resumes the study
         for late in (trial(0), trial(3, "host:9")):
             if late.number == 0:
@@ -117,19 +117,19 @@ class StoreContract:
                     store.add("s", late)
             else:
                 store.add("s", late)  # of no queue: nobody else has it
-        store.start("s", [0], "host:2", 6.5)
+        store.start("s", {0: "host:2"}, 6.5)
         store.add("s", trial(0, "host:2"))
         with pytest.raises(StoreError, match="finished"):
             store.add("s", trial(0, "host:2"))
         with pytest.raises(StoreError, match="finished"):
-            store.start("s", [0, 1], "host:1", 7.5)
+            store.start("s", {1: "host:1", 0: "host:1"}, 7.5)
         assert store.study("s").counts[State.PENDING] == 2  # all or none were started
 
     def test_measurements_serve_other_studies_and_failures_do_not(self, store: Store, url: str) -> None:
         store.create("other", {})
-        store.add("s", DONE, key="k")
-        store.add("s", FAILED, key="f")
-        store.add("other", DONE, key="k")
+        store.add("s", DONE, keys={0: "k"})
+        store.add("s", FAILED, keys={1: "f"})
+        store.add("other", DONE, keys={0: "k"})
         store.add("other", FAILED)
         assert store.measurement("f") is None
         assert store.measurement("") is None
@@ -163,7 +163,7 @@ class StoreContract:
                 Store(url, upgrade=upgrade)
 
     def test_a_row_that_was_changed_is_seen(self, store: Store, url: str) -> None:
-        store.add("s", DONE, key="k")
+        store.add("s", DONE, keys={0: "k"})
         store.save_checkpoint("s", Checkpoint(1, {"a": 1}, b"x"))
         changes = {
             "UPDATE trials SET reward = 0.8": lambda: store.trials("s"),

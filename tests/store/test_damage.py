@@ -37,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = Store(f"sqlite:///{path}")
     store.create("s", {"seed": 1, "text": "x" * 500})
     for number in range(TRIALS):
-        store.add("s", wide(number), key=f"key {number}")
+        store.add("s", wide(number), keys={number: f"key {number}"})
     store.save_checkpoint("s", Checkpoint(TRIALS, {"a": list(range(300))}, bytes(range(256)) * 20))
     store.close()
     return path
@@ -74,7 +74,7 @@ def test_a_flipped_byte_gives_the_right_answer_or_a_sentence(whole: Path, tmp_pa
         flipped(whole, damaged, rng)
         seen[judged(damaged, truth)] += 1
         _forget(damaged)
-    assert seen["wrong"] == 0 and seen["refused"] > 50, seen
+    assert seen["wrong"] == 0 and seen["refused"] > 40, seen
 
 
 def test_without_seals_some_answers_would_be_wrong(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry
 from grainwise.study.measurement import Failure, Measurement, Outcome
-from grainwise.workers.pool import Entries
+from grainwise.workers.pool import Begun, Entries, Judged, Pool
 
 PROFILES = {number: {"a": Entry(STRUCTURES[number % 9], PRECISIONS[number % 3])} for number in range(7)}
 
@@ -32,6 +34,25 @@ def never() -> bool:
     return False
 
 
+def _swell() -> None:
+    """Asks for 64 GB where 1 GB more is to be had. Raises MemoryError."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, before[1]))
+    try:
+        bytearray(2**36)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def nobody(hands: Mapping[int, str]) -> None:
+    return None
+
+
+def all_of(pool: Pool, profiles: Mapping[int, Entries], begun: Begun = nobody) -> list[Judged]:
+    return [judged for ended in pool.run(profiles, unknown, begun, never) for judged in ended]
+
+
 class Troubled:
     """Leaves a line in `folder` for each evaluation; profile 3 does what `trouble` says, in its first `times`."""
 
@@ -48,11 +69,28 @@ class Troubled:
                 "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
                 "hangs": lambda: time.sleep(600),
                 "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+                "swells": _swell,
             }[self.trouble]()
         return by_text(entries)
 
     def evaluations(self, number: int) -> int:
         return len((self.folder / str(number)).read_text().splitlines())
+
+
+class Slow:
+    """Leaves a line in `folder` for each evaluation, which takes `seconds`."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder, self.seconds = folder, seconds
+
+    def __call__(self, entries: Entries) -> Outcome:
+        with (self.folder / "log").open("a") as lines:
+            lines.write(f"{os.getpid()}\n")
+        time.sleep(self.seconds)
+        return by_text(entries)
+
+    def evaluations(self) -> int:
+        return len((self.folder / "log").read_text().splitlines())
 
 
 class Watched:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from grainwise.workers.pool import Evaluate, Inline, Pool
-from tests.workers.evaluations import PROFILES, by_text, never, unknown
+from tests.workers.evaluations import PROFILES, by_text, never, nobody, unknown
 from tests.workers.pool_contract import PoolContract
 
 
@@ -13,5 +13,5 @@ class TestInline(PoolContract):
 def test_the_next_begins_when_the_last_was_taken() -> None:
     begun: list[object] = []
     pool = Inline(lambda entries: begun.append(entries) or by_text(entries))  # type: ignore[func-returns-value]
-    for taken, _ in enumerate(pool.run(PROFILES, unknown, lambda numbers, worker: None, never), 1):
+    for taken, _ in enumerate(pool.run(PROFILES, unknown, nobody, never), 1):
         assert len(begun) == taken

@@ -17,12 +17,15 @@ from grainwise.workers.pool import Evaluate, Pool
 from grainwise.workers.processes import Processes
 from tests.workers.evaluations import (
     PROFILES,
+    Slow,
     Troubled,
     Unreadable,
     Watched,
+    all_of,
     broken,
     by_text,
     never,
+    nobody,
     own_kilobytes,
     unknown,
 )
@@ -36,9 +39,15 @@ class TestProcesses(PoolContract):
 
 def judged(troubled: Troubled, limit: float | None = None) -> dict[int, Outcome]:
     with closing(Processes(troubled, 2, limit)) as pool:
-        found = list(pool.run(PROFILES, unknown, lambda numbers, worker: None, never))
+        found = all_of(pool, PROFILES)
     assert len(found) == len(PROFILES)
     return {each.number: each.outcome for each in found}
+
+
+def own_memory() -> int:
+    """kB of this process in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 TRUTH = {number: by_text(entries) for number, entries in PROFILES.items()}
@@ -62,7 +71,7 @@ def test_workers_map_one_copy_and_write_to_their_own_pages() -> None:
     watched = Watched()
     assert own_kilobytes(watched.weights.data_ptr()) > 60_000  # what a copy would have
     with closing(Processes(watched, 1)) as pool:
-        for judged in pool.run(PROFILES, unknown, lambda numbers, worker: None, never):
+        for judged in all_of(pool, PROFILES):
             assert isinstance(judged.outcome, Measurement) and judged.outcome.size_bytes < 100
     assert float(watched.weights[0]) == 1.0
 
@@ -71,7 +80,7 @@ def test_a_killed_search_leaves_no_workers(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         pool = Processes(Troubled(tmp_path, "hangs", times=9), 1)
-        list(pool.run({3: PROFILES[3]}, unknown, lambda numbers, worker: None, never))
+        all_of(pool, {3: PROFILES[3]})
         os._exit(0)
     while not (tmp_path / "3").exists() or not (tmp_path / "3").read_text().endswith("\n"):
         time.sleep(0.05)
@@ -88,7 +97,7 @@ def test_a_killed_search_leaves_no_workers(tmp_path: Path) -> None:
 
 def test_faults_are_told() -> None:
     with closing(Processes(broken, 1)) as pool, pytest.raises(KeyError, match="a fault of the evaluation itself"):
-        list(pool.run(PROFILES, unknown, lambda numbers, worker: None, never))
+        all_of(pool, PROFILES)
     with pytest.raises(ValueError, match="at least one worker, got 0"):
         Processes(by_text, 0)
     with pytest.raises(ValueError, match="above 0, got -1"):
@@ -97,7 +106,7 @@ def test_faults_are_told() -> None:
 
 def test_a_worker_that_does_not_start_is_told() -> None:
     with closing(Processes(Unreadable(), 1)) as pool, pytest.raises(RuntimeError, match="does not start"):
-        list(pool.run(PROFILES, unknown, lambda numbers, worker: None, never))
+        all_of(pool, PROFILES)
 
 
 @pytest.fixture(autouse=True)
@@ -108,3 +117,26 @@ def no_threads_are_left() -> Iterator[None]:
             return
         time.sleep(0.1)
     raise AssertionError(f"left: {threading.enumerate()}")
+
+
+def test_a_worker_that_runs_out_of_memory_costs_its_own_trial_alone(tmp_path: Path) -> None:
+    """Profile 3 asks for more than its process may have; the next one runs in a worker as before."""
+    before = own_memory()
+    found = judged(Troubled(tmp_path, "swells", times=9))
+    assert found == {**TRUTH, 3: Failure("evaluate", "out of memory")}
+    assert own_memory() < before + 50_000
+
+
+def test_many_kills_leave_each_trial_in_one_state(tmp_path: Path) -> None:
+    """Workers are killed in turn, 3 times in 14 profiles, while they evaluate; each kill costs one evaluation."""
+    slow, kills, found = Slow(tmp_path, 0.15), 0, list[int]()
+    profiles = {number: PROFILES[number % 7] for number in range(14)}
+    with closing(Processes(slow, 2)) as pool:
+        pool.processes()
+        for ended in pool.run(profiles, unknown, nobody, never):
+            found += [each.number for each in ended if each.outcome == TRUTH[each.number % 7]]
+            if len(found) // 4 > kills and kills < 3:
+                os.kill(int((tmp_path / "log").read_text().split()[-1]), signal.SIGKILL)
+                kills += 1
+    assert kills == 3 and sorted(found) == list(profiles)
+    assert slow.evaluations() <= len(profiles) + kills

@@ -22,7 +22,11 @@ TargetOption = Annotated[
 StudyOption = Annotated[str, typer.Option(help="name of the study")]
 StoreOption = Annotated[str, typer.Option(help="URL of the store")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on standard output")]
-WorkersOption = Annotated[int, typer.Option(min=1, help="processes that evaluate, with one thread each if several")]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="processes that evaluate, with one thread each if several; 1, or a cluster's")
+]
+PoolOption = Annotated[str | None, typer.Option("--pool", help="inline, processes or ray")]
+AddressOption = Annotated[str | None, typer.Option("--address", help="of a Ray cluster, or auto")]
 LimitOption = Annotated[float | None, typer.Option("--limit", help="seconds that one evaluation may take")]
 ThreadsOption = Annotated[int | None, typer.Option(help="threads that torch uses; its own default otherwise")]
 

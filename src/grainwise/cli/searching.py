@@ -13,12 +13,14 @@ import typer
 from rich.console import Console
 
 from grainwise.cli.options import (
+    AddressOption,
     DataOption,
     ForwardOption,
     JsonOption,
     LimitOption,
     MetricOption,
     ModelOption,
+    PoolOption,
     StoreOption,
     StudyOption,
     TargetOption,
@@ -47,7 +49,9 @@ class _Run:
     data: str
     metric: str
     forward: str | None
-    workers: int
+    workers: int | None
+    pool: str | None
+    address: str | None
     limit: float | None
     threads: int | None
     out: Path | None
@@ -59,7 +63,9 @@ class _Run:
         words |= {} if self.metric == "accuracy" else {"--metric": self.metric}
         words |= {"--forward": self.forward} if self.forward else {}
         words |= {"--threads": str(self.threads)} if self.threads else {}
-        words |= {"--workers": str(self.workers)} if self.workers > 1 else {}
+        words |= {"--workers": str(self.workers)} if self.workers else {}
+        words |= {"--pool": self.pool} if self.pool else {}
+        words |= {"--address": self.address} if self.address else {}
         words |= {"--limit": f"{self.limit:g}"} if self.limit is not None else {}
         words |= {"--out": str(self.out)} if self.out else {}
         return shlex.join(["grainwise", "resume", self.study, *(part for pair in words.items() for part in pair)])
@@ -92,7 +98,8 @@ class _Run:
         from grainwise.evaluate.kernels import cache_folder
         from grainwise.evaluate.sharing import Sharing
 
-        network, loaded = read_network(self.model, self.data, self.threads or (1 if self.workers > 1 else None))
+        several = (self.workers or 1) > 1 or self.pool == "ray"
+        network, loaded = read_network(self.model, self.data, self.threads or (1 if several else None))
         return compress(
             network,
             data=loaded,
@@ -102,6 +109,8 @@ class _Run:
             sharing=Sharing(folder=cache_folder() / "variants"),
             workers=self.workers,
             limit_seconds=self.limit,
+            pool=self.pool,
+            address=self.address,
             **arguments,
             **hooks(self.metric, self.forward),
         )
@@ -130,7 +139,9 @@ def search(
     seed: int = 0,
     study: StudyOption = "default",
     store: StoreOption = "sqlite:///grainwise.db",
-    workers: WorkersOption = 1,
+    workers: WorkersOption = None,
+    pool: PoolOption = None,
+    address: AddressOption = None,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -155,7 +166,9 @@ def search(
         return {"constraints": constraints, "target": target, "budget": budget, "options": options, "resume": False}
 
     own = {"--reward": reward} if ":" in reward else {}
-    _Run(study, store, model, data, metric, forward, workers, limit, threads, out, as_json).go(order, own)
+    _Run(study, store, model, data, metric, forward, workers, pool, address, limit, threads, out, as_json).go(
+        order, own
+    )
 
 
 def resume(
@@ -168,7 +181,9 @@ def resume(
     forward: ForwardOption = None,
     reward: Annotated[str | None, typer.Option(help="module:function, when the search was begun with one")] = None,
     store: StoreOption = "sqlite:///grainwise.db",
-    workers: WorkersOption = 1,
+    workers: WorkersOption = None,
+    pool: PoolOption = None,
+    address: AddressOption = None,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -187,7 +202,9 @@ def resume(
         return {**settings, "options": options, "resume": True}
 
     own = {name: word for name, word in (("--reward", reward), ("--budget", budget)) if word is not None}
-    _Run(study, store, model, data, metric, forward, workers, limit, threads, out, as_json).go(order, own)
+    _Run(study, store, model, data, metric, forward, workers, pool, address, limit, threads, out, as_json).go(
+        order, own
+    )
 
 
 def _show(result: Result, constraints: dict[str, float], out: Path | None, as_json: bool) -> None:

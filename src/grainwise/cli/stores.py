@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,6 +34,46 @@ def status(
     with plain_errors():
         facts = report.status(Store(store, create=False), study)
         print_json(facts) if as_json else report.show_status(facts, Console())
+
+
+def gc(
+    store: StoreOption = "sqlite:///grainwise.db",
+    remove: Annotated[bool, typer.Option("--remove", help="remove it; without, it is only listed")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List what killed searches left: half-written files, and trials in the hands of dead processes."""
+    from grainwise.evaluate.kernels import cache_folder
+    from grainwise.store import litter
+    from grainwise.store.studies import Store
+
+    with plain_errors():
+        opened = Store(store, create=False)
+        found = litter.find(cache_folder() / "variants", opened)
+        if remove:
+            litter.remove(found, opened)
+        body = {"removed": remove, "files": [str(path) for path in found.files], "studies": list(found.studies)}
+        if as_json:
+            print_json(body)
+            return
+        for path in found.files:
+            typer.echo(f"half-written file: {path}")
+        for name in found.studies:
+            typer.echo(f"trials in dead hands: study {name}")
+        count = len(found.files) + len(found.studies)
+        typer.echo(f"{count} removed" if remove else f"{count} found" + (", remove with --remove" if count else ""))
+
+
+def export_optuna(
+    study: Annotated[str, typer.Argument(help="name of the study")],
+    out: Annotated[Path, typer.Option(help="new database of Optuna's")],
+    store: StoreOption = "sqlite:///grainwise.db",
+) -> None:
+    """Write a study as one of Optuna's, for its dashboard and plots."""
+    from grainwise.report.optuna import export_optuna as export
+    from grainwise.store.studies import Store
+
+    with plain_errors():
+        typer.echo(f"{out}: {export(Store(store, create=False), study, out)} trials")
 
 
 def upgrade_store(store: StoreOption = "sqlite:///grainwise.db") -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 SAMPLES = 32  # of a batch that an uncalibrated range is taken from
 KEPT = 1 << 18  # values that a calibrated range is chosen on
+CACHED = 1 << 16  # values at a time that stay in a processor's cache as float64
 SHARES = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the observed range that are tried
 
 
@@ -36,14 +37,59 @@ class _Kept(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         # Divided, as the kernel does: fake_quantize multiplies by 1 / scale, and one value in 10^5 rounds differently.
         codes = (x / scale).round_().add_(zero)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward((codes >= 0) & (codes <= 255))
-        return codes.clamp_(0, 255).sub_(zero).mul_(scale)
+        ctx.save_for_backward(codes)
+        return codes.clamp(0, 255).sub_(zero).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (within,) = ctx.saved_tensors
-        return gradient * within, None, None
+        (codes,) = ctx.saved_tensors  # whole numbers, so that the bounds are never met
+        return torch.ops.aten.hardtanh_backward(gradient, codes, -0.5, 255.5), None, None
+
+
+class _Sums(torch.autograd.Function):
+    """A convolution by sums of integers (`_Static`). Gradients are those of the plain convolution, which roundings pass
+    on: scales cancel out in them, and one function keeps no copies of values in between.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, layer: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.layer = layer
+        unit = layer.x_scale * rows
+        levels = (weight / rows.reshape(-1, *(1,) * (x.dim() - 1))).round_()
+        start = None if bias is None else (bias / unit).round_()
+        sums: Tensor = layer._conv_forward((x / layer.x_scale).round_(), levels, start)
+        return sums.mul_((unit / layer.y_scale).reshape(-1, *(1,) * (x.dim() - 2))).round_().mul_(layer.y_scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), layer = ctx.saved_tensors, ctx.layer
+        shape = (layer.stride, layer.padding, layer.dilation, False, (0,) * len(layer.stride), layer.groups)
+        found = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [len(weight)], *shape, ctx.needs_input_grad[:3]
+        )
+        return *found, None, None
+
+
+class _Added(torch.autograd.Function):
+    """a + b as `EightBitSum` says; gradients are those of a + b."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        ratios = scales[:2] / scales[2]
+        # Products of two float32 are exact in float64, so that each step rounds once, like the kernel's fma.
+        offset = zeros[2] - (ratios[0].double() * zeros[0] + ratios[1] * zeros[1]).float()
+        summed = torch.empty_like(a)
+        parts = max(1, a.numel() // CACHED)
+        for first, second, whole in zip(a.chunk(parts), b.chunk(parts), summed.chunk(parts), strict=True):
+            inner = (second / scales[1]).round_().add_(zeros[1]).double().mul_(ratios[1]).add_(offset).float()
+            total = (first / scales[0]).round_().add_(zeros[0]).double().mul_(ratios[0]).add_(inner)
+            whole.copy_(total).round_().sub_(zeros[2]).mul_(scales[2])
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return gradient, gradient, None, None
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -154,12 +200,8 @@ class _Static:
     def integer_forward(self, x: Tensor) -> Tensor:
         """Exact while the sums stay below 2^24."""
         rows = self.packed.row_scale()  # type: ignore[attr-defined]
-        unit = self.x_scale * rows
-        steps = rows.reshape(-1, *(1,) * (x.dim() - 1))
-        levels = rounded(self.weight / steps)  # type: ignore[attr-defined]
-        bias = None if self.bias is None else rounded(self.bias / unit)  # type: ignore[attr-defined]
-        sums: Tensor = self._conv_forward(rounded(x / self.x_scale), levels, bias)  # type: ignore[attr-defined]
-        return rounded(sums.mul_((unit / self.y_scale).reshape(-1, *(1,) * (x.dim() - 2)))).mul_(self.y_scale)
+        sums: Tensor = _Sums.apply(x, self.weight, self.bias, rows, self)  # type: ignore[attr-defined,no-untyped-call]
+        return sums
 
 
 class StaticConv1d(_Static, nn.Conv1d):
@@ -192,12 +234,5 @@ class EightBitSum(nn.Module):
         self.register_buffer("zeros", torch.stack([point.zero for point in points]))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        ratios = self.scales[:2] / self.scales[2]
-        codes = [rounded(x / scale) + zero for x, scale, zero in zip((a, b), self.scales, self.zeros, strict=False)]
-        # Products of two float32 are exact in float64, so that each step rounds once, like the kernel's fma.
-        centre = (ratios[0].double() * self.zeros[0] + ratios[1] * self.zeros[1]).float()
-        offset = self.zeros[2] - centre
-        inner = (codes[1].double() * ratios[1] + offset).float()
-        total = rounded((codes[0].double() * ratios[0] + inner).float())
-        summed: Tensor = (total - self.zeros[2]) * self.scales[2]
+        summed: Tensor = _Added.apply(a, b, self.scales, self.zeros)  # type: ignore[no-untyped-call]
         return summed

@@ -24,7 +24,8 @@ def softened_divergence(student: Tensor, teacher: Tensor, temperature: float) ->
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference over the teacher's variance."""
-    return (student - teacher).square().mean() / teacher.var().clamp_min(_TINY)
+    squares: Tensor = torch.linalg.vector_norm(student - teacher).square()  # one pass each way, unlike mse_loss
+    return squares / (teacher.numel() * teacher.var().clamp_min(_TINY))
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

@@ -24,7 +24,6 @@ from grainwise.recover.options import STANDARD, RecoverOptions, TrainingBudget, 
 from grainwise.recover.step import Distillation, NotFinite, Student, train_step
 from grainwise.study.measurement import Measurement
 
-FLATTERED = 1.25  # times its divergence: a start that a search chose on the very samples that it is measured on
 PROBE = 8  # steps that are timed before minutes become a number of steps
 
 Score = Callable[[nn.Module], Measurement]
@@ -104,8 +103,8 @@ def recover(
     resume: bool = False,
     watch: Watch = lambda done, total, note: None,
 ) -> Recovered:
-    """Train the candidate's network, and leave it in the state after the epoch of lowest divergence on the search
-    split, or as it was where that is more than `FLATTERED` times what it was.
+    """Train the candidate's network, and leave it in the state of lowest divergence on the search split: after an
+    epoch, or as it was.
 
     folder: where a checkpoint is kept while it runs. resume: go on from it, to the same losses as an uncut run.
 
@@ -195,8 +194,7 @@ class _Run:
         """Measure the network; remember it if it is the best so far."""
         at, found = self._at, self._score(self._network)
         at.scores.append({"step": at.step, "divergence": found.divergence, "metric": found.metric})
-        bar = at.scores[at.best]["divergence"] * (1.0 if at.best else FLATTERED)
-        if len(at.scores) > 1 and found.divergence < bar:
+        if found.divergence < at.scores[at.best]["divergence"]:
             at.best = len(at.scores) - 1
             self._best = _state(self._network)
         self._watch(at.step, at.total or 0, self._said())

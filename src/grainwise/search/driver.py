@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -14,7 +15,7 @@ from grainwise.interrupt import Stopped
 from grainwise.plan.choices import NONE, UNCOMPRESSED, Entry
 from grainwise.plan.layers import LayerGraph
 from grainwise.search.searcher import Searcher
-from grainwise.store.studies import Checkpoint, Store
+from grainwise.store.studies import Checkpoint, Store, StoreError
 from grainwise.study.measurement import Failure, Measurement
 from grainwise.study.reward import Reward
 from grainwise.study.trial import Task, Trial
@@ -132,8 +133,8 @@ def search(
         late = budget.seconds is not None and time.monotonic() - start >= budget.seconds
         return late or (budget.evaluations is not None and told >= budget.evaluations)
 
-    def begun(numbers: Sequence[int], worker: str) -> None:
-        store.start(study, numbers, worker, time.time())
+    def begun(hands: Mapping[int, str]) -> None:
+        store.start(study, hands, time.time())
 
     while not spent():
         if stop():
@@ -143,11 +144,13 @@ def search(
         tasks = {number: Task(number, p.entries, p.source, told) for number, p in proposals}
         new = {number: task.entries for number, task in tasks.items() if not _known(study, task, stored)}
         store.queue(study, [tasks[number] for number in new])
-        for judged in pool.run(new, store.measurement, begun, stop):
-            trial = judge(tasks[judged.number], judged)
-            store.add(study, trial, key=judge.key(trial.entries))
-            stored[trial.number] = trial
-            observer(trial)
+        for ended in pool.run(new, store.measurement, begun, stop):
+            trials = {judged.number: judge(tasks[judged.number], judged) for judged in ended}
+            keys = {number: judge.key(trial.entries) for number, trial in trials.items()}
+            store.add(study, *trials.values(), keys=keys)
+            stored |= trials
+            for trial in trials.values():
+                observer(trial)
         if tasks.keys() <= stored.keys():  # else it was stopped
             # A stored profile names compressed layers only, a searcher knows all.
             searcher.tell([replace(stored[number], entries=task.entries) for number, task in tasks.items()])
@@ -174,5 +177,8 @@ def _restore(searcher: Searcher, store: Store, study: str) -> int:
     checkpoint = store.checkpoint(study)
     if checkpoint is None:
         return 0
-    searcher.restore(load_tensors(checkpoint.tensors), checkpoint.body)
+    try:
+        searcher.restore(load_tensors(checkpoint.tensors), checkpoint.body)
+    except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise StoreError(f"the checkpoint of study {study!r} is none of its searcher's: {error}") from error
     return checkpoint.trials

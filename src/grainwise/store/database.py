@@ -31,7 +31,8 @@ def connect(url: str) -> Engine:
             raise StoreError(
                 f"the store {named(where)} is of no kind that grainwise knows; give sqlite:/// or postgresql://"
             )
-        options: dict[str, Any] = {"json_serializer": partial(json.dumps, allow_nan=False)}
+        # NaN is no JSON; a profile of 500 layers has 7 kB of blanks otherwise
+        options: dict[str, Any] = {"json_serializer": partial(json.dumps, allow_nan=False, separators=(",", ":"))}
         if where.get_backend_name() == "sqlite":
             options["connect_args"] = {"timeout": _WAIT_SECONDS}
         else:

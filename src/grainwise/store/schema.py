@@ -33,7 +33,9 @@ class StudyRow(Base):
 
 
 class TrialRow(Base):
-    """One profile, in one JSON column. Only finished trials are sealed; the others carry nothing that is relied on."""
+    """One profile, in one JSON column, and what it gave. Until a trial is finished it has no profile, which would be
+    written three times over, and its seal is that of the profile that was asked for.
+    """
 
     __tablename__ = "trials"
     __table_args__ = (UniqueConstraint("study", "number"),)
@@ -102,8 +104,8 @@ class CheckpointRow(Base):
 
 def queued(study: int, task: Task) -> dict[str, Any]:
     """The columns of a trial that is to be."""
-    body = {"entries": entries_to_json(task.entries), "source": task.source, "policy": task.policy}
-    return {"study": study, "number": task.number, "state": State.PENDING, **body}
+    asked = {"entries": {}, "source": task.source, "policy": task.policy, "seal": seal(entries_to_json(task.entries))}
+    return {"study": study, "number": task.number, "state": State.PENDING, **asked}
 
 
 def finished(study: int, trial: Trial) -> dict[str, Any]:
@@ -122,6 +124,12 @@ def finished(study: int, trial: Trial) -> dict[str, Any]:
         "started": trial.started,
     }
     return {**columns, "seal": TrialRow(**columns).sealed()}
+
+
+def kept(key: str, measurement: Measurement) -> dict[str, Any]:
+    """The columns of a measurement for other studies."""
+    row = MeasurementRow(key=key, body=measurement.to_json())
+    return {"key": key, "body": row.body, "seal": row.sealed()}
 
 
 Sealed = StudyRow | TrialRow | MeasurementRow | CheckpointRow

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from sqlalchemy import CursorResult, delete, func, insert, select, update
+from sqlalchemy import CursorResult, Table, bindparam, delete, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -25,15 +27,31 @@ from grainwise.store.database import (
     writing,
 )
 from grainwise.store.migrations import HEAD, STEPS, ForeignDatabase, migrate, step_of
-from grainwise.store.schema import CheckpointRow, MeasurementRow, Sealed, StudyRow, TrialRow, finished, queued
+from grainwise.store.schema import CheckpointRow, MeasurementRow, Sealed, StudyRow, TrialRow, finished, kept, queued
+from grainwise.store.seal import seal
 from grainwise.study.measurement import Measurement
 from grainwise.study.trial import State, Task, Trial
 
 __all__ = ["Checkpoint", "Store", "StoreError", "Study", "UnderWay"]
 
 _UNFINISHED = (State.PENDING, State.RUNNING)
-_IN_HAND = (TrialRow.state, TrialRow.worker, TrialRow.entries)
 _Row = TypeVar("_Row", bound=Sealed)
+
+# Statements of every trial, made once: to put one together takes longer than a database takes to carry it out.
+_TRIALS, _MEASUREMENTS = TrialRow.__table__, MeasurementRow.__table__
+assert isinstance(_TRIALS, Table) and isinstance(_MEASUREMENTS, Table)
+_WAITING = (
+    _TRIALS.c.study == bindparam("of"),
+    _TRIALS.c.number == bindparam("which"),
+    _TRIALS.c.state.in_(_UNFINISHED),
+)
+_START = update(_TRIALS).where(*_WAITING).values(state=State.RUNNING, worker=bindparam("hand"), started=bindparam("at"))
+_FINISH = update(_TRIALS).where(*_WAITING, _TRIALS.c.worker == bindparam("hand"), _TRIALS.c.seal == bindparam("asked"))
+_INSERT = insert(_TRIALS)
+_KEEP = {
+    "sqlite": sqlite.insert(_MEASUREMENTS).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(_MEASUREMENTS).on_conflict_do_nothing(),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +144,8 @@ class Store:
         except SQLAlchemyError as error:
             reason = advice(error, self._engine.url)
             raise StoreError(f"the store {self.url} could not be read or written: {reason}") from error
-        except (ValueError, TypeError, KeyError) as error:  # a column that is not what its table says
-            raise self._damaged(str(error).splitlines()[0]) from error
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # not what its table says
+            raise self._damaged(advice(error, self._engine.url)) from error
 
     def _damaged(self, fault: str) -> StoreError:
         return StoreError(f"the store {self.url} is damaged ({fault}); {recovery(self._engine.url)}")
@@ -177,42 +195,43 @@ class Store:
             if rows := [queued(study, task) for task in tasks]:
                 session.execute(insert(TrialRow), rows)
 
-    def start(self, name: str, numbers: Sequence[int], worker: str, started: float) -> None:
-        """Queued trials go into the hands of a worker. Raises StoreError when one is not in the queue (any more)."""
-        with self._session(write=True) as session:
-            waiting = [TrialRow.study == self._id(session, name), TrialRow.number.in_(numbers)]
-            done = session.execute(
-                update(TrialRow)
-                .where(*waiting, TrialRow.state.in_(_UNFINISHED))
-                .values(state=State.RUNNING, worker=worker, started=started)
-            )
-            assert isinstance(done, CursorResult)
-            if done.rowcount != len(numbers):
-                raise self._taken(name, numbers)
-
-    def add(self, name: str, trial: Trial, *, key: str = "") -> None:
-        """A finished trial. key: under which the trial's measurement serves other studies too, if any.
-
-        Raises StoreError when the trial is finished already, or was given to another worker since.
+    def start(self, name: str, hands: Mapping[int, str], started: float) -> None:
+        """Queued trials, by number, go into the hands of workers. Raises StoreError when one is not in the queue (any
+        more); then none has changed hands.
         """
         with self._session(write=True) as session:
             study = self._id(session, name)
-            if key and trial.measurement is not None and session.get(MeasurementRow, key) is None:
-                _keep(session, key, trial.measurement)
-            columns, row = finished(study, trial), {"study": study, "number": trial.number}
-            found = session.execute(select(*_IN_HAND).filter_by(**row).with_for_update()).one_or_none()
-            if found is None:
-                session.execute(insert(TrialRow).values(columns))
-            elif found.state in _UNFINISHED and (found.worker, found.entries) == (trial.worker, columns["entries"]):
-                del columns["entries"]  # the most of a row, and there already
-                session.execute(update(TrialRow).filter_by(**row).values(columns))
-            else:
-                raise self._taken(name, [trial.number])
+            for number, worker in hands.items():
+                row = {"of": study, "which": number, "hand": worker, "at": started}
+                if not _changed(session.connection().execute(_START, row)):
+                    raise self._taken(name, number)
 
-    def _taken(self, name: str, numbers: Sequence[int]) -> StoreError:
-        which = ", ".join(map(str, numbers))
+    def add(self, name: str, *trials: Trial, keys: Mapping[int, str] = MappingProxyType({})) -> None:
+        """Finished trials, all or none. keys: under which a trial's measurement serves other studies too, by number.
+
+        Raises StoreError when one of them is finished already, or was given to another worker since.
+        """
+        with self._session(write=True) as session:
+            study, connection = self._id(session, name), session.connection()
+            measured = {
+                keys[t.number]: t.measurement for t in trials if t.measurement is not None and keys.get(t.number)
+            }
+            if measured:
+                rows = [kept(key, measurement) for key, measurement in measured.items()]
+                connection.execute(_KEEP[connection.dialect.name], rows)
+            for trial in trials:
+                columns = finished(study, trial)
+                row = {"of": study, "which": trial.number, "hand": trial.worker, "asked": seal(columns["entries"])}
+                if _changed(connection.execute(_FINISH.values(columns), row)):
+                    continue
+                try:
+                    connection.execute(_INSERT, columns)  # of no queue
+                except IntegrityError as error:
+                    raise self._taken(name, trial.number) from error
+
+    def _taken(self, name: str, number: int) -> StoreError:
         return StoreError(
-            f"trial {which} of study {name!r} in the store {self.url} is in other hands or finished: another process "
+            f"trial {number} of study {name!r} in the store {self.url} is in other hands or finished: another process "
             "searches this study; let one do so at a time, then resume"
         )
 
@@ -264,9 +283,5 @@ class Store:
         return self._checked(session.get_one(StudyRow, self._id(session, name)))
 
 
-def _keep(session: Session, key: str, measurement: Measurement) -> None:
-    """A measurement for other studies; another process may have kept the same one a moment ago."""
-    row = MeasurementRow(key=key, body=measurement.to_json())
-    row.seal = row.sealed()
-    with suppress(IntegrityError), session.begin_nested():
-        session.add(row)
+def _changed(done: CursorResult[Any]) -> bool:
+    return done.rowcount > 0

@@ -19,8 +19,8 @@ Evaluate = Callable[[Entries], Outcome]
 Known = Callable[[str], Measurement | None]
 """(key) -> the measurement that was stored under it, if there is one."""
 
-Begun = Callable[[Sequence[int], str], None]
-"""(numbers, worker): these profiles are in the hands of this worker now, once more after it lost another one."""
+Begun = Callable[[Mapping[int, str]], None]
+"""(worker by number): these profiles are in these hands now, once more after other hands lost one."""
 
 Stop = Callable[[], bool]
 """() -> True when no further profile is to begin."""
@@ -55,9 +55,10 @@ class Judged:
 class Pool(Protocol):
     """Runs evaluations; the outcome of a profile is the same in every pool, to the last bit."""
 
-    def run(self, profiles: Mapping[int, Entries], known: Known, begun: Begun, stop: Stop) -> Iterator[Judged]:
-        """Each profile by its number, as soon as it is judged, in any order; a worker begins its next one when the
-        last was taken. What has begun when `stop` turns True is finished.
+    def run(self, profiles: Mapping[int, Entries], known: Known, begun: Begun, stop: Stop) -> Iterator[list[Judged]]:
+        """Each profile by its number, in any order: those that were judged since the last ones were taken, together, so
+        that many workers cost one write to the disk and not one each. A worker begins its next profile when its last
+        one was taken. What has begun when `stop` turns True is finished.
         """
         ...
 
@@ -77,17 +78,19 @@ class Inline:
     def __init__(self, evaluate: Evaluate) -> None:
         self._evaluate = evaluate
 
-    def run(self, profiles: Mapping[int, Entries], known: Known, begun: Begun, stop: Stop) -> Iterator[Judged]:
+    def run(self, profiles: Mapping[int, Entries], known: Known, begun: Begun, stop: Stop) -> Iterator[list[Judged]]:
         if stop() or not profiles:
             return
         numbers, worker = list(profiles), this_worker()
-        begun(numbers, worker)  # all of them: layers of the whole batch are solved before its first profile runs
+        begun(
+            dict.fromkeys(numbers, worker)
+        )  # all of them: layers of the whole batch are solved before its first profile runs
         outcomes = iter(self._outcomes([profiles[number] for number in numbers], known))
         while not stop():
             wall, start = time.time(), time.monotonic()
             if (found := next(outcomes, None)) is None:
                 return
-            yield Judged(numbers[found[0]], found[1], worker, wall, time.monotonic() - start)
+            yield [Judged(numbers[found[0]], found[1], worker, wall, time.monotonic() - start)]
 
     def _outcomes(self, profiles: Sequence[Entries], known: Known) -> Iterable[tuple[int, Outcome]]:
         if isinstance(self._evaluate, EvaluatesMany):
