@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,13 @@ def test_a_store_that_acknowledges_too_early_is_seen(
     prepared: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each trial is written when the next one comes."""
-    waiting: list[tuple[Trial, str]] = []
+    waiting: list[Trial] = []
     add = Store.add
 
-    def late(store: Store, name: str, trial: Trial, *, key: str = "") -> None:
-        waiting.append((trial, key))
-        if len(waiting) == 2:
-            add(store, name, waiting[0][0], key=waiting.pop(0)[1])
+    def late(store: Store, name: str, *trials: Trial, keys: Mapping[int, str]) -> None:
+        waiting.extend(trials)
+        while len(waiting) > 1:
+            add(store, name, waiting.pop(0))
 
     monkeypatch.setattr(Store, "add", late)
     bench = at(prepared, tmp_path, 16)

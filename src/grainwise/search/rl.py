@@ -310,7 +310,7 @@ class ControllerSearcher:
             tensors["replay.dynamic"] = torch.cat([m.rollout.inputs.dynamic for m in self._memory])
             tensors["replay.log_probs"] = torch.cat([m.log_probs for m in self._memory])
         body = {"trainer": trainer, "rng": self._rng.bit_generator.state, "told": self._told}
-        return tensors, {**body, "seen": sorted(self._seen)}
+        return tensors, {**body, "seen": sorted(self._seen - {m.key for m in self._memory})}
 
     def restore(self, tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
         self.trainer.restore(tensors, body["trainer"])
@@ -325,6 +325,7 @@ class ControllerSearcher:
                 rollout = self._retrace(entries_of(self._projection, numbers))
                 rollout = replace(rollout, inputs=replace(rollout.inputs, dynamic=dynamic[None]))
                 self._memory.append(_Memory(numbers, reward.item(), divergence.item(), rollout, row[None]))
+        self._seen.update(m.key for m in self._memory)
         self._believe()
 
 
