@@ -1,36 +1,25 @@
 """Write the tables of README.md and docs/ from bench/results/*.json, between their markers.
 
-python -m bench.tables [--check]
+python -m bench.tables
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grainwise.plan.profile import entries_from_json
-from grainwise.report.timeline import timeline
+from bench import markdown
+from bench.layer_tables import methods, shrinkage
+from bench.training_tables import adaptive, recover, timelines
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
-
-
-def _read(name: str) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return body
-
-
-def _table(head: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def frontier() -> str:
     """One row a search of a single constraint: what was asked, and what its file is beside the uncompressed one."""
-    part = _read("deploy")["resnet20"]
+    part = markdown.read("deploy")["resnet20"]
     race = part["races"][0]
     times = {file["name"]: file["latency_ratio"] for file in race["files"]}
     full = part["rows"][0]
@@ -57,12 +46,12 @@ def frontier() -> str:
         f"{race['noise']:.3f}. {part['evaluations']} evaluations each, seed {part['seed']}; `{part['command']}` on "
         f"{part['machine']}."
     )
-    return f"{_table(['asked', 'time', 'size', 'bytes', 'test accuracy', 'drop, points'], lines)}\n\n{note}"
+    return f"{markdown.table(['asked', 'time', 'size', 'bytes', 'test accuracy', 'drop, points'], lines)}\n\n{note}"
 
 
 def controller() -> str:
     """Means over seeds, variants in the order of their divergence."""
-    body = _read("controller")
+    body = markdown.read("controller")
     by_variant: dict[str, list[dict[str, Any]]] = {}
     for found in body["rows"]:
         by_variant.setdefault(found["variant"], []).append(found)
@@ -93,36 +82,12 @@ def controller() -> str:
         f"all. `{body['command']}` on {body['machine']}."
     )
     head = ["variant", "best divergence, nats", "its test accuracy, %", "within budgets", "seeds"]
-    return f"{_table(head, lines)}\n\n{note}"
-
-
-def methods() -> str:
-    """One row a cell, a pair of columns a layer."""
-    rows = _read("methods")["rows"]
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    blocks = [name for name in layers if name.count(".") == 1]
-    parts = []
-    for group in ([name for name in layers if name not in blocks], blocks):
-        found = {(row["choice"], row["layer"]): row for row in rows if row["layer"] in group}
-        choices = list(dict.fromkeys(choice for choice, _ in found))
-        head = ["choice", *(f"`{name}` bytes | error | plain" for name in group)]
-        lines = [[choice, *(_cell(found.get((choice, name))) for name in group)] for choice in choices]
-        width = 1 + 3 * len(group)
-        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        parts.append(f"| {' | '.join(head)} |\n|{'---|' * width}\n{body}")
-    return "\n\n".join(parts)
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "— | — | —"
-    plain = "—" if row["plain_error"] is None else f"{row['plain_error']:.4f}"
-    return f"{row['bytes']:,} | {row['error']:.4f} | {plain}"
+    return f"{markdown.table(head, lines)}\n\n{note}"
 
 
 def latency() -> str:
     """One row a network and way of predicting."""
-    body = _read("latency")
+    body = markdown.read("latency")
     ways = {
         "sum": "sum of parts, as a search adds up",
         "whole": "whole profile known",
@@ -143,12 +108,12 @@ def latency() -> str:
         f"Held-out random profiles, seed {body['seed']}; `{body['command']}` on {machine['device']}, "
         f"{machine['threads']} thread, {machine['runtime']} {machine['version']}."
     )
-    return f"{_table(['network', 'predicted by', 'mean error', 'rank correlation'], rows)}\n\n{note}"
+    return f"{markdown.table(['network', 'predicted by', 'mean error', 'rank correlation'], rows)}\n\n{note}"
 
 
 def sharing() -> str:
     """One row a network and set of shared kinds; the differences are those of divergences from the full set's."""
-    body = _read("sharing")
+    body = markdown.read("sharing")
     parts = []
     for network in body["networks"]:
         rates = {row["row"]: row["evaluations"] / row["seconds"] for row in network["rows"]}
@@ -168,32 +133,16 @@ def sharing() -> str:
             "times naive",
             "difference",
         ]
-        parts.append(_table(head, rows))
+        parts.append(markdown.table(head, rows))
     note = f"`{body['command']}` on {body['machine']}."
     return "\n\n".join([*parts, note])
 
 
-def shrinkage() -> str:
-    """One row a layer and number of pictures, a column for each share that covariances were made smaller by."""
-    body = _read("shrinkage")
-    ways = list(body["rows"][0]["errors"])
-    rows = [
-        [
-            f"`{row['layer']}`",
-            *(f"{row[name]:,}" for name in ("inputs", "pictures", "rows")),
-            *(f"{100 * row['errors'][way]:.3f}" for way in ways),
-        ]
-        for row in body["rows"]
-    ]
-    table = _table(["layer", "inputs", "pictures", "rows of x", *ways], rows)
-    return f"{table}\n\nErrors in percent. `{body['command']}` on {body['machine']}."
-
-
 def search() -> str:
     """One table a task: techniques by mean divergence, what it was after fewer evaluations, and the test metric."""
-    if not (RESULTS / "search.json").exists():
+    if not markdown.made("search"):
         return "No results yet: `python -m bench.search`."
-    return "\n\n".join(map(_searched, _read("search").values()))
+    return "\n\n".join(map(_searched, markdown.read("search").values()))
 
 
 def _searched(task: dict[str, Any]) -> str:
@@ -225,15 +174,15 @@ def _searched(task: dict[str, Any]) -> str:
         f"{100 * task['reference_test_metric']:.2f} % on the test split. Seconds to the best profile count the scores "
         f"in full. `{task['command']}` on {task['machine']}."
     )
-    table = _table([*head, "seconds to best", "within budgets"], rows)
+    table = markdown.table([*head, "seconds to best", "within budgets"], rows)
     return f"### {task['title']}\n\n{table}\n\n{note}"
 
 
 def deploy() -> str:
     """One table a network: every file of its race, then what the search has against each uniform one."""
-    if not (RESULTS / "deploy.json").exists():
+    if not markdown.made("deploy"):
         return "No results yet: `python -m bench.deploy`."
-    return "\n\n".join(_deployed(part) for part in _read("deploy").values() if part.get("races"))
+    return "\n\n".join(_deployed(part) for part in markdown.read("deploy").values() if part.get("races"))
 
 
 def _deployed(part: dict[str, Any]) -> str:
@@ -268,7 +217,7 @@ def _deployed(part: dict[str, Any]) -> str:
     duels = duel(files, first["noise"])
     parts = [
         f"### {part['title']}",
-        _table([*head, "8-bit kernels", *(["module in the same class"] if compared else [])], lines),
+        markdown.table([*head, "8-bit kernels", *(["module in the same class"] if compared else [])], lines),
         *failed,
         *([duels] if duels else []),
         note,
@@ -278,126 +227,6 @@ def _deployed(part: dict[str, Any]) -> str:
 
 def _same_class(row: dict[str, Any]) -> str:
     return f"{row['test_same_class']:,} of {row['test_samples']:,}" if "test_samples" in row else "—"
-
-
-def recover() -> str:
-    """One row a recovery: the file before and after, and the epochs and minutes that lie between."""
-    if not (RESULTS / "recover.json").exists():
-        return "No results yet: `python -m bench.recover`."
-    return "\n\n".join(_recovered(task) for task in _read("recover").values() if task.get("command"))
-
-
-def _recovered(task: dict[str, Any]) -> str:
-    def drop(figures: dict[str, Any]) -> float:
-        return float(100 * (figures["reference_accuracy"] - figures["onnx_accuracy"]))
-
-    def shares(figures: dict[str, Any], name: str) -> str:
-        return f"{figures[name] / figures[f'reference_{name}']:.4f}"
-
-    rows = [
-        [
-            row["name"],
-            f"{row['after']['size_bytes']:,}",
-            shares(row["after"], "size_bytes"),
-            shares(row["after"], "macs"),
-            f"{100 * row['before']['onnx_accuracy']:.2f} %",
-            f"{100 * row['after']['onnx_accuracy']:.2f} %",
-            f"{drop(row['before']):.2f}",
-            f"{drop(row['after']):.2f}",
-            f"{row['before']['divergence']:.4f}",
-            f"{row['after']['divergence']:.4f}",
-            f"{row['after']['recovery_minutes']:.0f}",
-        ]
-        for row in task["rows"]
-    ]
-    head = ["recovery", "bytes", "size", "MACs", "test before", "test after", "drop before", "drop after"]
-    asked = ", ".join(f"{name} ≤ {share:g}" for name, share in task["constraints"].items())
-    by_epochs: dict[int, list[float]] = {}
-    for row in task["rows"]:
-        by_epochs.setdefault(row["epochs"], []).append(drop(row["after"]))
-    means = "; ".join(
-        f"epochs {epochs}: drop {statistics.mean(drops):.2f}"
-        + (f" ± {statistics.stdev(drops):.2f} points, seeds {len(drops)}" if len(drops) > 1 else " points, one seed")
-        for epochs, drops in by_epochs.items()
-    )
-    note = (
-        f"Asked: {asked}, and a drop of at most {task['most']} points. {means}. Drops in points of the test split, "
-        f"divergence on the search split in nats, minutes of training on a shared core; `{task['command']}` on "
-        f"{task['machine']}."
-    )
-    return f"{_table([*head, 'divergence before', 'after', 'minutes'], rows)}\n\n{note}"
-
-
-WAYS = {
-    "adaptive": "compressed while training",
-    "recovered": "trained, searched, recovered",
-    "fixed": "one profile from the start, found before training",
-    "hindsight": "one profile from the start, the adaptive one's last",
-    "plain": "trained, uncompressed",
-}
-
-
-def adaptive() -> str:
-    """One table a task: a row a way to come to a compressed network, means over the seeds."""
-    if not (RESULTS / "adaptive.json").exists():
-        return "No results yet: `python -m bench.adaptive`."
-    return "\n\n".join(_trained(task) for task in _read("adaptive").values())
-
-
-def _trained(task: dict[str, Any]) -> str:
-    found = {way: [row for row in task["rows"] if row["technique"] == way] for way in WAYS}
-
-    def text(way: str, name: str, scale: float, digits: int) -> str:
-        values = [scale * row[name] for row in found[way]]
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
-
-    rows = [
-        [words, str(len(found[way])), text(way, "accuracy", 100, 2), text(way, "size", 1, 4), text(way, "macs", 1, 3)]
-        for way, words in WAYS.items()
-        if found[way]
-    ]
-    mine = found["adaptive"]
-    asked = ", ".join(f"{name} ≤ {share:g}" for name, share in task["constraints"].items())
-    shares = ", ".join(f"{100 * row['changed_after_third']:.0f} %" for row in mine)
-    note = (
-        f"Asked: {asked}; {task['epochs']} epochs in all, mean ± deviation over seeds, accuracy of the file on the "
-        f"test split. The search between training and recovery has {task['evaluations']} evaluations and all methods. "
-        f"Entries that changed after the first third of the epochs: {shares} of the layers. {_overhead(found)}"
-        f"`{task['command']}` on {task['machine']}."
-    )
-    head = ["way", "seeds", "test accuracy, %", "size", "MACs"]
-    return f"### {task['title']}\n\n{_table(head, rows)}\n\n{note}"
-
-
-def _overhead(found: dict[str, list[dict[str, Any]]]) -> str:
-    """What adaptive training takes beyond plain training, for the seeds that have both."""
-    plain = {row["seed"]: row["train_seconds"] for row in found["plain"]}
-    mine = [row for row in found["adaptive"] if row["seed"] in plain]
-    if not mine:
-        return ""
-    whole = sum(plain[row["seed"]] for row in mine) / 100
-    steps = sum(row["train_seconds"] - plain[row["seed"]] for row in mine) / whole
-    hook, first = (sum(row[f"{part}_seconds"] for row in mine) / whole for part in ("hook", "prepare"))
-    return (
-        f"Beyond the processor time of plain training: decisions {hook:.1f} %, slower steps {steps:.1f} %, what is "
-        f"prepared before the first epoch {first:.1f} %. "
-    )
-
-
-def timelines() -> dict[str, str]:
-    """By file in docs/, the plot of an adaptive run of each task."""
-    if not (RESULTS / "adaptive.json").exists():
-        return {}
-    found = {}
-    for name, task in _read("adaptive").items():
-        row = next((row for row in task["rows"] if row["technique"] == "adaptive"), None)
-        if row is None or name == "overhead":
-            continue
-        found[f"adaptive-{name}.svg"] = timeline(
-            row["layers"], [entries_from_json(epoch["entries"]) for epoch in row["epochs"]]
-        )
-    return found
 
 
 EQUAL = 0.001  # of the metric: ten pictures of ten thousand
@@ -423,14 +252,14 @@ def duel(files: list[dict[str, Any]], noise: float) -> str:
         lines.append(cells)
     head = ["at no lower metric than", "bytes", "bytes, no slower", "time", "time, no larger"]
     note = f"In brackets: points of the metric more or less; within {100 * EQUAL:g} they count as equal."
-    return f"{_table(head, lines)}\n\n{note}" if found and lines else ""
+    return f"{markdown.table(head, lines)}\n\n{note}" if found and lines else ""
 
 
 def peers() -> str:
     """One table for each cost and share, the most accurate first, then the versions of the peers."""
-    if not (RESULTS / "peers.json").exists():
+    if not markdown.made("peers"):
         return "No results yet: `python -m bench.peers`."
-    body = _read("peers")["resnet20"]
+    body = markdown.read("peers")["resnet20"]
     asked: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
     for row in body["rows"]:
         asked.setdefault((row["cost"], row["share"]), {}).setdefault(row["technique"], []).append(row)
@@ -450,7 +279,7 @@ def peers() -> str:
         failed = [f"- `{name}`: {row['failed']}" for name, rows in found.items() for row in rows if "failed" in row]
         title = f"### Size 1/{1 / share:g}" if cost == "size" else f"### MACs {share:g}"
         lines = [_peer(name, rows) for name, rows in ordered]
-        parts += [title, _table(head, lines), *(["\n".join(failed)] if failed else [])]
+        parts += [title, markdown.table(head, lines), *(["\n".join(failed)] if failed else [])]
     versions = {row["technique"]: row["versions"] for row in body["rows"] if "versions" in row}
     lines = [[f"`{name}`", ", ".join(f"{k} {v}" for k, v in found.items())] for name, found in versions.items()]
     full = body["reference"]
@@ -459,7 +288,7 @@ def peers() -> str:
         f"{full['macs'] / 1e6:.1f} M MACs. {body['evaluations']} evaluations for each of our searches; "
         f"`python -m bench.peers` on {body['machine']}, 1 thread."
     )
-    return "\n\n".join([*parts, "### Versions", _table(["technique", "packages"], lines), note])
+    return "\n\n".join([*parts, "### Versions", markdown.table(["technique", "packages"], lines), note])
 
 
 def _peer(name: str, rows: list[dict[str, Any]]) -> list[str]:
@@ -475,18 +304,22 @@ def _peer(name: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def store() -> str:
-    bodies = _read("store")
+    bodies = markdown.read("store")
     head = ["database", "errors", "trials/s", "p99, ms", "500 layers: ms a trial", "of these processor"]
     lines = []
     for name, body in bodies.items():
         many, one = body["together"], body["alone"]
         figures = (many["trials_per_second"], many["p99_ms"], one["median_ms"], one["processor_ms"])
         lines.append([name, str(len(many["errors"])), *map(str, figures)])
-    return f"{_table(head, lines)}\n\n" + "; ".join(f"{b['command']} on {b['machine']}" for b in bodies.values()) + "."
+    return (
+        f"{markdown.table(head, lines)}\n\n"
+        + "; ".join(f"{b['command']} on {b['machine']}" for b in bodies.values())
+        + "."
+    )
 
 
 def scaling() -> str:
-    body = _read("scaling")
+    body = markdown.read("scaling")
     shares = ("efficiency", "waiting_for_batches", "driver_and_store")
     head = [
         "workers",
@@ -501,7 +334,7 @@ def scaling() -> str:
         for r in body["rows"]
     ]
     return (
-        f"{_table(head, lines)}\n\n{body['seconds']:g} s an evaluation, profiles of {body['layers']} layers; "
+        f"{markdown.table(head, lines)}\n\n{body['seconds']:g} s an evaluation, profiles of {body['layers']} layers; "
         f"`{body['command']}` on {body['machine']}."
     )
 

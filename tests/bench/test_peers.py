@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import peers, tables
+from bench import markdown, peers, tables
 from examples import resnet20
 
 
@@ -66,7 +66,7 @@ def test_the_most_accurate_comes_first(tmp_path: Path, monkeypatch: pytest.Monke
         "evaluations": 300,
         "machine": "a machine",
     }
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path)
     assert tables.peers() == "No results yet: `python -m bench.peers`."
     (tmp_path / "peers.json").write_text(json.dumps({"resnet20": body}))
     lines = tables.peers().splitlines()

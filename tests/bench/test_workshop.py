@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import contenders, deploy, tables
+from bench import contenders, deploy, markdown, tables
 from bench.workshop import Kept, Order, Part, Workshop, digest
 from grainwise.bench import REFERENCE, Contest
 from grainwise.search.driver import Judge
@@ -91,7 +91,7 @@ def test_a_second_run_makes_nothing_but_the_race(
     assert second["rows"][4]["metric"] == rows["int8"]["metric"]
     assert [file["name"] for file in second["races"][0]["files"]] == [REFERENCE, "int8", "search", "another"]
 
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path)
     assert tables.deploy() == "No results yet: `python -m bench.deploy`."
     path.rename(tmp_path / "deploy.json")
     text = tables.deploy()

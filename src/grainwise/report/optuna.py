@@ -8,6 +8,7 @@ from typing import Any
 from grainwise.plan.choices import UNCOMPRESSED
 from grainwise.store.studies import Store
 from grainwise.study.measurement import Failure
+from grainwise.study.trial import Trial
 
 
 def export_optuna(store: Store, name: str, out: Path) -> int:
@@ -28,26 +29,26 @@ def export_optuna(store: Store, name: str, out: Path) -> int:
     kinds: dict[str, optuna.distributions.BaseDistribution] = {
         layer: optuna.distributions.CategoricalDistribution(sorted({text[layer] for text in texts})) for layer in layers
     }
-    study = optuna.create_study(study_name=name, storage=f"sqlite:///{out}", direction="minimize")
+    part = out.with_name(f"{out.name}.part")  # an export that was cut leaves no file that looks whole
+    part.unlink(missing_ok=True)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{part}")
     try:
+        study = optuna.create_study(study_name=name, storage=storage, direction="minimize")
         for trial, params in zip(trials, texts, strict=True):
-            outcome = trial.outcome
-            figures: dict[str, Any]
-            value: float | None
-            failed = isinstance(outcome, Failure)
-            if isinstance(outcome, Failure):
-                figures, value = {"failure": f"{outcome.stage}: {outcome.reason}"}, None
-            else:
-                figures, value = outcome.to_json(), outcome.divergence
-            study.add_trial(
-                optuna.trial.create_trial(
-                    state=optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE,
-                    value=value,
-                    params=params,
-                    distributions=kinds,
-                    user_attrs={**figures, "reward": trial.reward, "source": trial.source, "seconds": trial.seconds},
-                )
-            )
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=kinds, **_told(trial)))
     finally:
-        study._storage.remove_session()
+        storage.engine.dispose()
+    part.rename(out)
     return len(trials)
+
+
+def _told(trial: Trial) -> dict[str, Any]:
+    """State, value and attributes of a trial, as `create_trial` takes them."""
+    from optuna.trial import TrialState
+
+    about = {"reward": trial.reward, "source": trial.source, "seconds": trial.seconds}
+    if isinstance(trial.outcome, Failure):
+        failure = f"{trial.outcome.stage}: {trial.outcome.reason}"
+        return {"state": TrialState.FAIL, "user_attrs": {"failure": failure, **about}}
+    figures = {**trial.outcome.to_json(), **about}
+    return {"state": TrialState.COMPLETE, "value": trial.outcome.divergence, "user_attrs": figures}
