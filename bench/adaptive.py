@@ -96,7 +96,7 @@ def tasks() -> dict[str, Task]:
     return {
         "fashion": small(20_000, 9),
         "overhead": small(57_600, 3),
-        "resnet20": Task(title, resnet20.ResNet20, cifar10.splits, cifar10.Training, hard, 12, 6e-3),
+        "resnet20": Task(title, resnet20.ResNet20, cifar10.splits, cifar10.Training, hard, 9, 6e-3),
     }
 
 

@@ -49,7 +49,7 @@ class Task:
 
 
 TASKS = {
-    "size": Task({"size": 1 / 16}, 3, 1.0),
+    "size": Task({"size": 1 / 16}, 10, 1.0),
     "macs": Task({"macs": 0.5}, 1, 1.5),
 }
 

@@ -18,8 +18,9 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ class Listed:
 
 
 def ideal(order: Sequence[Sequence[float]], workers: int) -> float:
-    """Seconds when nothing but evaluations takes time and batches are waited for."""
+    """Seconds when nothing but evaluations takes time and batches are waited for; each is dealt in its order."""
     total = 0.0
     for batch in order:
         ends = [0.0] * workers
@@ -108,6 +109,8 @@ def measure(workers: int, seconds: float, each: int, layers: int) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as threads:
         store = Store(f"sqlite:///{folder}/scaling.db")
         store.create("s", {})
+        together = Barrier(workers)
+        wait([threads.submit(together.wait) for _ in range(workers)])  # workers have started before a search begins
         start, processor = time.monotonic(), time.process_time()
         search(
             searcher=Listed(profiles),
@@ -120,9 +123,11 @@ def measure(workers: int, seconds: float, each: int, layers: int) -> dict[str, A
             pool=Seats(evaluate, [Chair(f"thread {n}", evaluate, threads) for n in range(workers)]),
         )
         wall, cpu = time.monotonic() - start, time.process_time() - processor
-        slept = sum(trial.seconds for trial in store.trials("s"))
+        trials = store.trials("s")
         store.close()
-    best = ideal([taken[first : first + batch] for first in range(0, count, batch)], workers)
+    slept = sum(trial.seconds for trial in trials)
+    dealt = sorted(trials, key=lambda trial: (trial.policy, trial.started))  # policy: the same for a batch
+    best = ideal([[taken[trial.number] for trial in dealt[at : at + batch]] for at in range(0, count, batch)], workers)
     return {
         "workers": workers,
         "evaluations": count,

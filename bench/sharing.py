@@ -262,7 +262,7 @@ def measure(name: str, evaluations: int, naive: int) -> dict[str, Any]:
         print(json.dumps(rows[-1]), flush=True)
     samples = sum(len(batch.targets) for batch in subject.session.splits.search if batch.targets is not None)
     runs = subject.session.evaluator.prefixes
-    kept = None if runs is None else {"limit_bytes": runs.limit_bytes, "kept_bytes": runs.kept_bytes}
+    kept = None if runs is None else {"kept_bytes": runs.kept_bytes}
     return {"network": name, "samples": samples, "profiles": len(everything), "prefixes": kept, "rows": rows}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from bench import markdown
 from bench.layer_tables import methods, shrinkage
+from bench.study_tables import losses, scaling, store, workers
 from bench.training_tables import adaptive, recover, timelines
 
 ROOT = Path(__file__).parents[1]
@@ -303,42 +304,6 @@ def _peer(name: str, rows: list[dict[str, Any]]) -> list[str]:
     return [f"`{name}`", text("accuracy", 100, 2), text("accuracy_as_it_came", 100, 2), *shares, text("seconds", 1, 0)]
 
 
-def store() -> str:
-    bodies = markdown.read("store")
-    head = ["database", "errors", "trials/s", "p99, ms", "500 layers: ms a trial", "of these processor"]
-    lines = []
-    for name, body in bodies.items():
-        many, one = body["together"], body["alone"]
-        figures = (many["trials_per_second"], many["p99_ms"], one["median_ms"], one["processor_ms"])
-        lines.append([name, str(len(many["errors"])), *map(str, figures)])
-    return (
-        f"{markdown.table(head, lines)}\n\n"
-        + "; ".join(f"{b['command']} on {b['machine']}" for b in bodies.values())
-        + "."
-    )
-
-
-def scaling() -> str:
-    body = markdown.read("scaling")
-    shares = ("efficiency", "waiting_for_batches", "driver_and_store")
-    head = [
-        "workers",
-        "evaluations/s",
-        "efficiency",
-        "waiting for batches",
-        "driver and store",
-        "processor, ms a trial",
-    ]
-    lines = [
-        [str(r["workers"]), str(r["evaluations_per_second"]), *(f"{r[s]:.1%}" for s in shares), str(r["processor_ms"])]
-        for r in body["rows"]
-    ]
-    return (
-        f"{markdown.table(head, lines)}\n\n{body['seconds']:g} s an evaluation, profiles of {body['layers']} layers; "
-        f"`{body['command']}` on {body['machine']}."
-    )
-
-
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "frontier": ("README.md", frontier),
     "controller": ("docs/controller.md", controller),
@@ -350,6 +315,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "peers": ("docs/peers.md", peers),
     "recover": ("docs/recover.md", recover),
     "store": ("docs/studies.md", store),
+    "losses": ("docs/studies.md", losses),
+    "workers": ("docs/studies.md", workers),
     "scaling": ("docs/scaling.md", scaling),
     "adaptive": ("docs/adaptive.md", adaptive),
 }

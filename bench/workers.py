@@ -1,4 +1,5 @@
-"""Evaluations per second of worker processes: 1, 2, ... of them, and this process alone, on the same profiles.
+"""Evaluations per second of worker processes: 1, 2, ... of them, actors of Ray, and this process alone, on the same
+profiles.
 
     python -m bench.workers [--network resnet20] [--evaluations 64] [--workers 1 2] [--rounds 3]
 
@@ -6,7 +7,8 @@ Profiles of a random search within an eighth of the size, target `packed`, one t
 solved before the clock starts, and workers have started. Every way runs in turn, `rounds` times, on new profiles in
 each round and some before the first; medians are reported.
 Outcomes must be the same to the last bit. memory_kb: what a worker has of its own (anonymous pages) after the
-evaluations, beside that of this process. Writes bench/results/workers.json.
+evaluations, beside that of this process, most of it layers and activations that it keeps within an eighth of the free
+memory each; copied_kb: what it has copied of the shared tensors. Writes bench/results/workers.json.
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ from grainwise.plan.choices import Entry
 from grainwise.search.baselines import RandomSearcher
 from grainwise.session import Session
 from grainwise.study.measurement import Outcome
+from grainwise.workers.cluster import Cluster
 from grainwise.workers.pool import Inline, Pool
 from grainwise.workers.processes import Processes
+from grainwise.workers.seats import Seats
 from grainwise.workers.shared import Shared
 
 RESULTS = Path(__file__).parent / "results" / "workers.json"
@@ -57,9 +61,22 @@ def own_kilobytes(pid: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Anonymous:", "Swap:")))
 
 
+def copied_kilobytes(pid: int) -> int:
+    """Of the one copy of the tensors, what a process of ours has written to and so has for itself."""
+    found, ours = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        first, *others = line.split()
+        if not first.endswith(":"):
+            ours = "memfd:grainwise" in line
+        elif ours and first == "Anonymous:":
+            found += int(others[0])
+    return found
+
+
 def measure(session: Session, rounds: Sequence[Profiles], workers: Sequence[int]) -> list[dict[str, Any]]:
     pools: dict[str, Pool] = {"this process": Inline(session.evaluator)}
-    pools |= {f"{count} workers": Processes(session.evaluator, count) for count in workers}
+    pools |= {f"{count} processes": Processes(session.evaluator, count) for count in workers}
+    pools[f"{max(workers)} actors of Ray"] = Cluster(session.evaluator, max(workers))
     seconds: dict[str, list[float]] = {name: [] for name in pools}
     rows = []
     for number, profiles in enumerate(rounds):  # the first one starts and warms them
@@ -72,8 +89,10 @@ def measure(session: Session, rounds: Sequence[Profiles], workers: Sequence[int]
             seconds[name] += [taken] if number else []
     for name, pool in pools.items():
         row: dict[str, Any] = {"pool": name, "evaluations_per_second": round(len(rounds[0]) / median(seconds[name]), 3)}
-        if isinstance(pool, Processes):
+        if isinstance(pool, Seats):
             row["memory_kb"] = [own_kilobytes(pid) for pid in pool.processes()]
+        if isinstance(pool, Processes):
+            row["copied_kb"] = [copied_kilobytes(pid) for pid in pool.processes()]
         rows.append({**row, "seconds": [round(s, 2) for s in seconds[name]]})
         pool.close()
     return rows

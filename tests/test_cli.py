@@ -231,6 +231,27 @@ def test_a_store_is_upgraded_recovered_and_shown(tmp_path: Path) -> None:
     assert resumed.exit_code == 1 and "give --budget" in resumed.stderr
 
 
+def test_what_killed_searches_left_is_listed_then_removed_and_a_study_is_given_to_optuna(tmp_path: Path) -> None:
+    url, variants = old_database(tmp_path / "s.db"), tmp_path / "cache" / "grainwise" / "variants"
+    run(app, ["db", "upgrade", "--store", url])
+    variants.mkdir(parents=True)
+    half = variants / "cut.part"
+    half.touch()
+    os.utime(half, (1, 1))
+    listed = run(app, ["gc", "--store", url])
+    assert f"half-written file: {half}" in listed.stdout and "1 found, remove with --remove" in listed.stdout
+    assert half.exists()
+    body = json.loads(run(app, ["gc", "--store", url, "--remove", "--json"]).stdout)
+    assert body == {"removed": True, "files": [str(half)], "studies": []} and not half.exists()
+    assert "0 found" in run(app, ["gc", "--store", url]).stdout
+    out = str(tmp_path / "optuna.db")
+    assert "6 trials" in run(app, ["export-optuna", "tiny", "--store", url, "--out", out]).stdout
+    again = run(app, ["export-optuna", "tiny", "--store", url, "--out", out])
+    assert again.exit_code == 1 and "there already" in again.stderr
+    missing = run(app, ["export-optuna", "nobody", "--store", url, "--out", str(tmp_path / "none.db")])
+    assert missing.exit_code == 1 and not (tmp_path / "none.db").exists()
+
+
 def slow(outputs: object, targets: object) -> float:
     """A metric that takes a minute once the search runs: from its second call on."""
     marker = Path(os.environ["SLOW"])

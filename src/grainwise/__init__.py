@@ -13,6 +13,7 @@ _PUBLIC = {
     "RecoverOptions": "recover.options",
     "Result": "session",
     "SearchOptions": "api",
+    "StudentOptions": "methods.distill",
     "Session": "session",
     "compress": "api",
     "load": "export.artefact",

@@ -17,6 +17,7 @@ from grainwise.evaluate.measures import Metric
 from grainwise.evaluate.sharing import EVERYTHING, Sharing
 from grainwise.graph.forward import Forward, default_forward
 from grainwise.leaders import aimed, choose
+from grainwise.methods.distill import PLAIN_STUDENTS, StudentOptions
 from grainwise.plan.choices import Method
 from grainwise.plan.profile import CompressionProfile, ProfileError
 from grainwise.plan.projection import Projection
@@ -32,6 +33,7 @@ from grainwise.study.sensitivity import Sensitivity
 from grainwise.study.trial import Trial, best, meets
 from grainwise.workers.pool import Inline, Pool
 from grainwise.workers.processes import Processes
+from grainwise.workers.students import train_students
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class SearchOptions:
     """Weight of the push towards a mix of techniques; 0 switches it off."""
     space: SpaceKind = SpaceKind.CHAIN
     methods: tuple[Method, ...] = tuple(Method)
+    students: StudentOptions = PLAIN_STUDENTS
+    """How students of blocks are trained."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,8 +80,15 @@ class SearchOptions:
         if reward is None and body["reward"] not in REWARDS:
             raise ValueError(f"the study was begun with a reward of your own, {body['reward']}: give it again")
         methods = tuple(Method(method) for method in body["methods"])
+        students = StudentOptions(**body.get("students", {}))  # a study from before there were options has the defaults
         return SearchOptions(
-            **{**body, "reward": reward or body["reward"], "methods": methods, "space": SpaceKind(body["space"])}
+            **{
+                **body,
+                "reward": reward or body["reward"],
+                "methods": methods,
+                "students": students,
+                "space": SpaceKind(body["space"]),
+            }
         )
 
 
@@ -85,9 +96,9 @@ class SearchOptions:
 class Observer:
     """What a person wants to see while it runs; every callback may be left out.
 
-    stage: a stage begins (`trace`, `latency`, `sensitivity`, `search`, `recover`, `finish`). progress: (done, total) of
-    the stage. trial: (trial, best so far) after each trial. stop: asked before each; at True the search ends with
-    `Stopped`. step: (done, total, words) after each step of a recovery.
+    stage: a stage begins (`trace`, `latency`, `students`, `sensitivity`, `search`, `recover`, `finish`). progress:
+    (done, total) of the stage. trial: (trial, best so far) after each trial. stop: asked before each; at True the
+    search ends with `Stopped`. step: (done, total, words) after each step of a recovery.
     """
 
     stage: Callable[[str], None] = field(default=lambda name: None)
@@ -148,6 +159,7 @@ def compress(
         methods=options.methods,
         target=target,
         sharing=sharing,
+        students=options.students,
     )
     limit = Budget.parse(budget)
     database = Store(store)
@@ -159,6 +171,9 @@ def compress(
             session = with_latency(session, observer.progress, line)
         budgets = kept["budgets"] if resume else session.budgets(constraints)
         session.projection(budgets)  # refused at once where nothing can meet them
+        if (workers or 1) > 1 and Method.DISTILL in options.methods and pool in (None, "processes"):
+            observer.stage("students")
+            train_students(session.evaluator.library, workers or 1)
         settings = study_settings(session, constraints, budgets, options)
 
         def measure(table: Table) -> Sensitivity:

@@ -31,6 +31,7 @@ from grainwise.graph.proof import prove
 from grainwise.graph.skeleton import build_skeleton, skeleton_forward
 from grainwise.graph.statistics import feature_statistics
 from grainwise.graph.trace import eval_mode, trace
+from grainwise.methods.distill import PLAIN_STUDENTS, StudentOptions
 from grainwise.plan.choices import Entry, Method
 from grainwise.plan.cost import CostModel
 from grainwise.plan.layers import LayerGraph
@@ -83,8 +84,10 @@ class Session:
         methods: Iterable[Method | str] | None = None,
         target: str | Target = "ort-cpu",
         sharing: Sharing = EVERYTHING,
+        students: StudentOptions = PLAIN_STUDENTS,
     ) -> Session:
         """divergence: `kl` for logits, `mse` for other outputs; by default `kl` with the metric `accuracy`, else `mse`.
+        students: how those of blocks are trained.
 
         Raises TraceError, DataError, MetricError, ExportError (the network cannot be written as ONNX; the target
         `packed` needs no file), or ValueError for an unknown target.
@@ -107,7 +110,8 @@ class Session:
         else:
             cost = CostModel(legal, other_tensors(marked, model), OnnxPrices(marked, legal, where))
         disk = None if sharing.folder is None else VariantsOnDisk(sharing.folder, reference)
-        evaluator = Evaluator(VariantLibrary(reference, disk), splits, cost, scoring, marked, sharing)
+        library = VariantLibrary(reference, disk, students=students)
+        evaluator = Evaluator(library, splits, cost, scoring, marked, sharing)
         return Session(splits, legal, cost, evaluator, fingerprint(model), example)
 
     @property

@@ -15,9 +15,10 @@ from grainwise.evaluate import evaluator as module
 from grainwise.evaluate.evaluator import Evaluator
 from grainwise.evaluate.sharing import Sharing
 from grainwise.graph.skeleton import skeleton_forward
+from grainwise.methods.distill import StudentOptions
 from grainwise.plan.choices import Choice, Entry, Granularity, Method
 from grainwise.realise.library import VariantLibrary
-from grainwise.realise.memory import default_limit, free_bytes
+from grainwise.realise.memory import free_bytes, limit
 from grainwise.session import Session
 from grainwise.store.studies import Store
 from grainwise.study.measurement import Failure, Measurement
@@ -113,6 +114,7 @@ def test_keys_differ_with_all_that_decides_a_measurement(monkeypatch: pytest.Mon
         Session.prepare(tiny(), tiny_data(), divergence="mse", target="packed"),
         Session.prepare(tiny(), tiny_data(), target="ort-cpu-avx2"),
         Session.prepare(tiny(), tiny_data(), target="ort-cpu-vnni"),
+        Session.prepare(tiny(), tiny_data(), target="packed", students=StudentOptions(steps=9)),
     ]
     keys = [session.evaluator.key(entries) for session in sessions]
     assert len(set(keys)) == len(keys)
@@ -204,7 +206,7 @@ def test_a_candidate_that_cannot_be_built_is_a_failure_and_the_others_go_on(monk
 
 
 def test_the_limit_is_a_part_of_what_is_free() -> None:
-    assert 0 < default_limit() <= free_bytes() // 7
+    assert 0 < limit(None) <= free_bytes() // 7 and limit(5) == 5
 
 
 def test_measuring_leaves_the_reference_as_it_was() -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from grainwise.methods.distill import block_error, train_block
+from grainwise.methods.distill import LOSSES, StudentOptions, block_error, train_block
 from grainwise.methods.modules import effective_matrix
 from grainwise.methods.problem import LayerProblem
 from grainwise.methods.structure import realise, restructure
@@ -67,12 +68,13 @@ def _pairs() -> list[tuple[Tensor, Tensor]]:
     return [(part, teacher(part)) for part in x.split(16)]
 
 
-def test_training_a_block_lowers_its_error_and_repeats() -> None:
+@pytest.mark.parametrize("loss", LOSSES)
+def test_training_a_block_lowers_its_error_and_repeats(loss: str) -> None:
     pairs = _pairs()
     start = _block(8).eval()
     students = [copy.deepcopy(start) for _ in range(2)]
     before_random = torch.random.get_rng_state()
-    errors = [train_block(s, pairs, steps=60, learning_rate=1e-2, seed=3) for s in students]
+    errors = [train_block(s, pairs, StudentOptions(60, loss, 1e-2), seed=3) for s in students]
     assert errors[0] == errors[1] == pytest.approx(block_error(students[0], pairs), rel=1e-6)
     assert errors[0] < 0.5 * block_error(start, pairs)
     assert not students[0].training and torch.equal(before_random, torch.random.get_rng_state())
@@ -82,21 +84,21 @@ def test_training_a_block_lowers_its_error_and_repeats() -> None:
 def test_training_that_diverges_is_taken_back(rate: float) -> None:
     pairs = _pairs()
     student = _block(8).eval()
-    train_block(student, pairs, steps=30, learning_rate=1e-2, seed=0)
+    train_block(student, pairs, StudentOptions(30, learning_rate=1e-2), seed=0)
     start = copy.deepcopy(student.state_dict())
     before = block_error(student, pairs)
-    assert train_block(student, pairs, steps=5, learning_rate=rate, seed=0) == pytest.approx(before)
+    assert train_block(student, pairs, StudentOptions(5, learning_rate=rate), seed=0) == pytest.approx(before)
     assert all(torch.equal(start[key], value) for key, value in student.state_dict().items())
 
 
 def test_no_steps_or_parameters_change_nothing() -> None:
     pairs = _pairs()
     frozen = _block(8).requires_grad_(False)
-    assert train_block(frozen, pairs, steps=5, learning_rate=1e-2, seed=0) == block_error(frozen, pairs)
+    assert train_block(frozen, pairs, StudentOptions(5, learning_rate=1e-2), seed=0) == block_error(frozen, pairs)
     bad = [(x, y * float("nan")) for x, y in pairs]
     student = _block(8)
     start = copy.deepcopy(student.state_dict())
-    train_block(student, bad, steps=3, learning_rate=1e-2, seed=0)
+    train_block(student, bad, StudentOptions(3, learning_rate=1e-2), seed=0)
     assert all(torch.equal(start[key], value) for key, value in student.state_dict().items())
 
 
@@ -105,3 +107,9 @@ def test_filters_are_as_large_as_their_effect() -> None:
     _, mixing = restructure(problem, Choice(Method.DISTILL, Granularity.LAYER, 0.5)).stages
     norms = mixing.problem.matrix.norm(dim=0)
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [{"loss": "cubed"}, {"steps": -1}, {"batches": 0}, {"learning_rate": float("nan")}])
+def test_options_of_training_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a student"):
+        StudentOptions(**wrong)

@@ -93,6 +93,17 @@ class Slow:
         return len((self.folder / "log").read_text().splitlines())
 
 
+class Growing:
+    """Keeps 100 MB of each evaluation, which takes a second."""
+
+    kept: list[bytearray] = []  # noqa: RUF012
+
+    def __call__(self, entries: Entries) -> Outcome:
+        Growing.kept.append(bytearray(b"1") * 10**8)
+        time.sleep(1.0)
+        return Measurement(0.5, 0.0, len(Growing.kept), 1)
+
+
 class Watched:
     """64 MB of weights; an evaluation reads all, writes to one, and tells how many kB are this process's own."""
 

@@ -17,6 +17,7 @@ from grainwise.workers.pool import Evaluate, Pool
 from grainwise.workers.processes import Processes
 from tests.workers.evaluations import (
     PROFILES,
+    Growing,
     Slow,
     Troubled,
     Unreadable,
@@ -74,6 +75,12 @@ def test_workers_map_one_copy_and_write_to_their_own_pages() -> None:
         for judged in all_of(pool, PROFILES):
             assert isinstance(judged.outcome, Measurement) and judged.outcome.size_bytes < 100
     assert float(watched.weights[0]) == 1.0
+
+
+def test_a_worker_that_keeps_what_it_needs_again_is_not_taken_for_one_that_leaks() -> None:
+    with closing(Processes(Growing(), 1)) as pool:
+        found = [judged.outcome for judged in all_of(pool, PROFILES)]
+    assert [each.size_bytes for each in found if isinstance(each, Measurement)] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_killed_search_leaves_no_workers(tmp_path: Path) -> None:

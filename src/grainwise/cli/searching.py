@@ -136,6 +136,8 @@ def search(
     ] = "hard_budget",
     complexity_weight: Annotated[float, typer.Option(help="push towards a mix of techniques")] = 0.1,
     space: Annotated[str, typer.Option(help="chain or single")] = "chain",
+    student_steps: Annotated[int, typer.Option(help="training steps of a block's student")] = 60,
+    student_loss: Annotated[str, typer.Option(help="squared or absolute")] = "squared",
     seed: int = 0,
     study: StudyOption = "default",
     store: StoreOption = "sqlite:///grainwise.db",
@@ -151,6 +153,7 @@ def search(
 
     def order() -> dict[str, Any]:
         from grainwise.api import SearchOptions
+        from grainwise.methods.distill import StudentOptions
         from grainwise.plan.space import SpaceKind
 
         options = SearchOptions(
@@ -160,6 +163,7 @@ def search(
             reward=factory(reward, "the reward") if ":" in reward else reward,
             complexity_weight=complexity_weight,
             space=SpaceKind(space),
+            students=StudentOptions(student_steps, student_loss),
             seed=seed,
         )
         constraints = {name: share for name, share in wanted.items() if share is not None}

@@ -205,6 +205,7 @@ class Evaluator:
             torch.get_num_threads(),
             device_name(),
             repr(reference.target),
+            repr(self.library.students),
         ]
         digest = hashlib.sha256(json.dumps(facts).encode())
         digest.update(f"{scoring.metric.__name__} {scoring.divergence.__name__}".encode())

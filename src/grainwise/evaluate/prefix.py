@@ -20,7 +20,7 @@ from grainwise.evaluate.data import Batch
 from grainwise.graph.forward import tensors_in
 from grainwise.graph.program import Key, Kind, Program
 from grainwise.graph.skeleton import Skeleton
-from grainwise.realise.memory import default_limit
+from grainwise.realise.memory import limit
 from grainwise.realise.norms import Standard, matched
 
 KEEP_SECONDS = (
@@ -74,7 +74,7 @@ class PrefixRuns:
 
     def __init__(self, skeleton: Skeleton, batches: Sequence[Batch], limit_bytes: int | None = None) -> None:
         self.program = Program(skeleton.graph)
-        self.limit_bytes = default_limit() if limit_bytes is None else limit_bytes
+        self.limit_bytes = limit_bytes
         self.kept_bytes = self.steps_run = self.steps_known = 0
         self._batches = batches
         self._skeleton = skeleton
@@ -216,8 +216,8 @@ class PrefixRuns:
         kept = self._kept.get(key)
         if kept is None:  # it was dropped on an earlier batch
             return
-        size = held_bytes(value)
-        while self.kept_bytes + size > self.limit_bytes:
+        size, most = held_bytes(value), limit(self.limit_bytes)
+        while self.kept_bytes + size > most:
             least = min(
                 (k for k, v in self._kept.items() if k == key or (v.bytes and k not in pinned)), key=self._worth
             )

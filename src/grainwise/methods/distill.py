@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from grainwise.methods.solve import conjugate_gradients
 from grainwise.plan.choices import Choice
 from grainwise.plan.layers import Kind
 from grainwise.plan.shapes import stages
+
+LOSSES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({"squared": torch.square, "absolute": torch.abs})
+"""What a student's training sums over the differences of its block's outputs."""
 
 ALTERNATIONS = 8  # of filters and mixing; the error falls by less than 1 % a round after that
 
@@ -103,6 +108,32 @@ def _fit_filters(image: Tensor, mixing: Tensor, hessian: Tensor, start: Tensor) 
     return conjugate_gradients(apply, project(image), start, scale, dims=(0, 1, 2), iterations=15)
 
 
+@dataclass(frozen=True, slots=True)
+class StudentOptions:
+    """How the student of a block is trained (`distill/block`).
+
+    steps: of Adam, a batch each; 0 keeps the closed-form re-fit. loss: `squared` or `absolute` differences of the
+    block's outputs, which heed outliers less. learning_rate: of the first step, falling to zero by a cosine. batches:
+    of the calibration split, whose activations it is trained on.
+
+    Raises ValueError for an unknown loss or what is not above 0.
+    """
+
+    steps: int = 60
+    loss: str = "squared"
+    learning_rate: float = 3e-3
+    batches: int = 4
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"no loss of a student is called {self.loss!r}; give one of {', '.join(LOSSES)}")
+        if self.steps < 0 or self.batches < 1 or not self.learning_rate > 0:
+            raise ValueError(f"a student needs steps of at least 0, batches and a learning rate above 0, got {self}")
+
+
+PLAIN_STUDENTS = StudentOptions()
+
+
 def block_error(student_block: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Squared error of a block's outputs over their variance (around each channel's mean), in its present mode.
 
@@ -116,29 +147,29 @@ def block_error(student_block: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]
     return error / max(variance, torch.finfo(torch.float32).tiny)
 
 
-def _spread(outputs: Tensor) -> float:
+def _spread(outputs: Tensor, of: Callable[[Tensor], Tensor] = torch.square) -> float:
     dims = [d for d in range(outputs.dim()) if d != 1] if outputs.dim() != 3 else [0, 1]
-    return float((outputs - outputs.mean(dims, keepdim=True)).square().sum())
+    return float(of(outputs - outputs.mean(dims, keepdim=True)).sum())
 
 
 def train_block(
-    student_block: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]], *, steps: int, learning_rate: float, seed: int
+    student_block: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]], options: StudentOptions, *, seed: int
 ) -> float:
     """Trains a block in place on (inputs, reference outputs) and returns its relative error afterwards (`block_error`).
 
-    Adam with cosine decay on the squared error over the outputs' variance; batch norm normalises by its batch
-    meanwhile; evaluation mode afterwards. Steps whose loss or gradient is not finite are left out; when the result is
-    no better than the start, the start is restored. Deterministic for a seed, which orders the batches.
+    Adam with cosine decay on the loss, over that of the channels' means; batch norm normalises by its batch meanwhile;
+    evaluation mode afterwards. Steps whose loss or gradient is not finite are left out; when the result is no better
+    than the start, the start is restored. Deterministic for a seed, which orders the batches.
     """
     student_block.eval()
     before, start = block_error(student_block, pairs), copy.deepcopy(student_block.state_dict())
     parameters = [p for p in student_block.parameters() if p.requires_grad]
-    if not parameters or not pairs or steps < 1:
+    if not parameters or not pairs or options.steps < 1:
         return before
     order = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)  # for dropout inside the block
-        _train(student_block.train(), parameters, pairs, order, steps=steps, learning_rate=learning_rate)
+        _train(student_block.train(), parameters, pairs, order, options)
     student_block.eval()
     after = block_error(student_block, pairs)
     if not after < before:
@@ -152,22 +183,21 @@ def _train(
     parameters: list[nn.Parameter],
     pairs: Sequence[tuple[Tensor, Tensor]],
     order: torch.Generator,
-    *,
-    steps: int,
-    learning_rate: float,
+    options: StudentOptions,
 ) -> None:
-    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
-    variances = [max(_spread(outputs), 1e-12) for _, outputs in pairs]
+    optimiser = torch.optim.Adam(parameters, lr=options.learning_rate)
+    of = LOSSES[options.loss]
+    spreads = [max(_spread(outputs, of), 1e-12) for _, outputs in pairs]
     queue: list[int] = []
-    for step in range(steps):
+    for step in range(options.steps):
         queue = queue or torch.randperm(len(pairs), generator=order).tolist()
         at = queue.pop()
         inputs, outputs = pairs[at]
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = options.learning_rate * 0.5 * (1 + math.cos(math.pi * step / options.steps))
         optimiser.zero_grad()
-        loss = (block(inputs) - outputs).square().sum() / variances[at]
-        loss.backward()
+        loss: Tensor = of(block(inputs) - outputs).sum() / spreads[at]
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
             optimiser.step()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import astuple, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grainwise.graph.narrow import narrow
 from grainwise.methods.activations import EightBit
-from grainwise.methods.distill import train_block
+from grainwise.methods.distill import PLAIN_STUDENTS, StudentOptions, train_block
 from grainwise.methods.modules import construct, describe
 from grainwise.methods.problem import LayerProblem
 from grainwise.methods.structure import Structure, realise, restructure
@@ -25,9 +25,6 @@ from grainwise.realise.memory import Recent
 from grainwise.realise.reference import Reference, recording
 
 SAMPLES = 64  # reference inputs that a ghost's filters are fitted on
-STUDENT_STEPS = 60
-STUDENT_LEARNING_RATE = 3e-3
-STUDENT_BATCHES = 4  # calibration batches whose activations a student is trained on
 
 _Made = TypeVar("_Made")
 
@@ -41,6 +38,7 @@ class VariantLibrary:
     The modules are shared between candidates: they are in eval mode, without gradients, and must not be written to.
     disk: where layers are kept for later searches too. limit_bytes: of memory for layers and their structures, by
     default a share of what is free; those that were not asked for longest are forgotten, and solved again when needed.
+    students: how those of blocks are trained.
     quick: what is lost is made up for where channels are removed and nowhere else, which takes a part of the time: for
     networks that are trained on.
     """
@@ -51,10 +49,12 @@ class VariantLibrary:
         disk: VariantsOnDisk | None = None,
         limit_bytes: int | None = None,
         *,
+        students: StudentOptions = PLAIN_STUDENTS,
         quick: bool = False,
     ) -> None:
         self.reference = reference
         self.disk = disk
+        self.students = students
         self.quick = quick
         graph = reference.graph
         self._couplings = {c.name: c for c in graph.couplings if c.frozen is None}
@@ -67,6 +67,7 @@ class VariantLibrary:
         own = {layer.name for layer in graph.layers if not layer.blocked and not layer.tied_to}
         self._narrower = Narrower(graph.couplings, skip=own)
         self._made: dict[Hashable, object] = {}
+        self._recorded: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.solved = Recent(_tensors_of, limit_bytes)
 
     def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
@@ -119,7 +120,7 @@ class VariantLibrary:
         student: (block, units of its coupling) when the layer belongs to a trained student of these inner units.
         """
         cut = self._cut(layer, kept)[1]
-        place = (layer.name, cut, student and (student[0].name, student[1]))
+        place = (layer.name, cut, student and (student[0].name, student[1], *astuple(self.students)))
 
         def solve() -> Structure:
             problem = self._student_problem(layer, kept, *student) if student else self.problem(layer, kept)
@@ -186,15 +187,25 @@ class VariantLibrary:
         inputs, _ = self.positions(layer, kept)
         return sample if inputs is None else sample.index_select(1 if layer.geometry.kernel else -1, inputs)
 
-    def student(self, block: Block, units: int) -> nn.Module:
-        """The twin of `block` with `units` units of its inner coupling, trained on the block's inputs and outputs."""
+    def student(self, block: Block, units: int, trained: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """The twin of `block` with `units` units of its inner coupling, trained on the block's inputs and outputs.
+
+        trained: its state, where another process that has this library has trained it.
+        """
 
         def shape(_: object) -> nn.Module:
             return self._narrowed(block, units).get_submodule(block.name)
 
+        def make() -> nn.Module:
+            if trained is None:
+                return self._train(block, units)
+            twin = shape(None)
+            twin.load_state_dict(trained)
+            return twin.eval().requires_grad_(False)
+
         def find() -> nn.Module:
-            key = {"block": block.name, "units": units}
-            return self._kept(key, lambda: self._train(block, units), lambda _: None, shape)
+            key = {"block": block.name, "units": units, "training": astuple(self.students)}
+            return self._kept(key, make, lambda _: None, shape)
 
         return self.once(("student", block.name, units), find)
 
@@ -210,13 +221,23 @@ class VariantLibrary:
         for layer in reference.graph.layers:  # the closed-form re-fit is where training starts
             if layer.name in block.layers and any(p is not None for p in self.positions(layer, kept)):
                 student.set_submodule(layer.name, copy.deepcopy(self.layer(layer, Entry(), kept)))
-        pairs: list[tuple[Tensor, Tensor]] = []
-        with torch.no_grad(), recording(reference.model.get_submodule(block.name), pairs):
-            for batch in reference.calibration[:STUDENT_BATCHES]:
-                reference.forward(reference.model, batch)
         twin = student.get_submodule(block.name).requires_grad_(True)
-        train_block(twin, pairs, steps=STUDENT_STEPS, learning_rate=STUDENT_LEARNING_RATE, seed=0)
+        train_block(twin, self._activations(block), self.students, seed=0)
         return twin.eval().requires_grad_(False)
+
+    def _activations(self, block: Block) -> list[tuple[Tensor, Tensor]]:
+        """(inputs, outputs) of a block of the reference; the last one's are kept, for students of other widths."""
+        if block.name not in self._recorded:
+            reference, pairs = self.reference, list[tuple[Tensor, Tensor]]()
+            with torch.no_grad(), recording(reference.model.get_submodule(block.name), pairs):
+                for batch in reference.calibration[: self.students.batches]:
+                    reference.forward(reference.model, batch)
+            self._recorded = {block.name: pairs}
+        return self._recorded[block.name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes: activations stay here."""
+        return {**self.__dict__, "_recorded": {}}
 
 
 def _tensors_of(made: nn.Module | Structure) -> Iterator[Tensor]:

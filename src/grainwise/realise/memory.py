@@ -35,20 +35,22 @@ def _machine() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
-def default_limit() -> int:
-    """Bytes for one kind of what is kept, when nobody says otherwise."""
-    return free_bytes() // SHARE
+def limit(given: int | None) -> int:
+    """Bytes for one kind of what is kept: those given, or a share of what is free now. Of many processes each one keeps
+    less the more the others have taken, so together they never take all.
+    """
+    return free_bytes() // SHARE if given is None else given
 
 
 class Recent:
     """Values by key, within a limit of memory: beyond it those that were not asked for longest are forgotten.
 
-    tensors_of: what a value holds. limit_bytes: by default a share of what is free.
+    tensors_of: what a value holds. limit_bytes: as in `limit`.
     """
 
     def __init__(self, tensors_of: Callable[[Any], Iterable[Tensor]], limit_bytes: int | None = None) -> None:
         self._tensors_of = tensors_of
-        self.limit_bytes = default_limit() if limit_bytes is None else limit_bytes
+        self.limit_bytes = limit_bytes
         self.kept_bytes = 0
         self._values: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
 
@@ -61,7 +63,8 @@ class Recent:
             size = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in self._tensors_of(made)}.values())
             self._values[key] = made, size
             self.kept_bytes += size
-            while self.kept_bytes > self.limit_bytes and len(self._values) > 1:
+            most = limit(self.limit_bytes)
+            while self.kept_bytes > most and len(self._values) > 1:
                 self.kept_bytes -= self._values.popitem(last=False)[1][1]
         found: Made = self._values[key][0]
         return found

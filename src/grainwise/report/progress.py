@@ -20,6 +20,7 @@ from grainwise.study.trial import Trial
 STAGES = {
     "trace": "tracing",
     "latency": "timing kernels",
+    "students": "training students",
     "sensitivity": "scoring choices",
     "search": "searching",
     "recover": "recovering",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import JSON, Double, ForeignKey, LargeBinary, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from grainwise.plan.choices import Entry, numbers_of
 from grainwise.plan.profile import entries_from_json, entries_to_json
 from grainwise.store.seal import seal
 from grainwise.study.measurement import Failure, Measurement
@@ -102,10 +104,15 @@ class CheckpointRow(Base):
         return seal([self.study, self.trials, self.body, hashlib.sha256(self.tensors).hexdigest()])
 
 
+def asked(entries: Mapping[str, Entry]) -> str:
+    """The seal of a profile that was asked for: of action numbers, since many workers wait while a batch is queued."""
+    return seal({name: found for name, entry in entries.items() if (found := numbers_of(entry)) != (0, 0)})
+
+
 def queued(study: int, task: Task) -> dict[str, Any]:
     """The columns of a trial that is to be."""
-    asked = {"entries": {}, "source": task.source, "policy": task.policy, "seal": seal(entries_to_json(task.entries))}
-    return {"study": study, "number": task.number, "state": State.PENDING, **asked}
+    known = {"entries": {}, "source": task.source, "policy": task.policy, "seal": asked(task.entries)}
+    return {"study": study, "number": task.number, "state": State.PENDING, **known}
 
 
 def finished(study: int, trial: Trial) -> dict[str, Any]:

@@ -27,8 +27,17 @@ from grainwise.store.database import (
     writing,
 )
 from grainwise.store.migrations import HEAD, STEPS, ForeignDatabase, migrate, step_of
-from grainwise.store.schema import CheckpointRow, MeasurementRow, Sealed, StudyRow, TrialRow, finished, kept, queued
-from grainwise.store.seal import seal
+from grainwise.store.schema import (
+    CheckpointRow,
+    MeasurementRow,
+    Sealed,
+    StudyRow,
+    TrialRow,
+    asked,
+    finished,
+    kept,
+    queued,
+)
 from grainwise.study.measurement import Measurement
 from grainwise.study.trial import State, Task, Trial
 
@@ -221,7 +230,7 @@ class Store:
                 connection.execute(_KEEP[connection.dialect.name], rows)
             for trial in trials:
                 columns = finished(study, trial)
-                row = {"of": study, "which": trial.number, "hand": trial.worker, "asked": seal(columns["entries"])}
+                row = {"of": study, "which": trial.number, "hand": trial.worker, "asked": asked(trial.entries)}
                 if _changed(connection.execute(_FINISH.values(columns), row)):
                     continue
                 try:

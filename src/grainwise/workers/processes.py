@@ -17,6 +17,7 @@ from grainwise.workers.pool import Entries, Evaluate, this_worker
 from grainwise.workers.seats import Answer, Seats, checked, timed
 from grainwise.workers.shared import Shared, unpack_from
 
+_GROWS = {"LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"}  # loky's own 300 MB take what a worker keeps for a leak, and end it
 _ORPHANED_SECONDS = 1.0  # how soon a worker ends when its search was killed
 
 _evaluate: Evaluate | None = None  # of a worker process
@@ -32,7 +33,7 @@ class _Seat:
 
     def _hire(self) -> None:
         given = (self._shared.path, torch.get_num_threads(), os.getpid())
-        self._executor = loky.ProcessPoolExecutor(1, timeout=None, initializer=_begin, initargs=given)
+        self._executor = loky.ProcessPoolExecutor(1, timeout=None, initializer=_begin, initargs=given, env=_GROWS)
         self.process: Future[int] = self._executor.submit(os.getpid)
 
     def submit(self, entries: Entries) -> Future[Answer]:
@@ -78,15 +79,19 @@ def _begin(path: str, threads: int, parent: int) -> None:
     global _evaluate  # noqa: PLW0603  (loky hands an initializer's work to the calls in no other way)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the search's, which lets this one finish
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(parent)
     _evaluate = unpack_from(path)
 
 
-def _end_with(parent: int) -> None:
-    """A search that was killed cannot end its workers."""
-    while os.getppid() == parent:
-        time.sleep(_ORPHANED_SECONDS)
-    os._exit(1)
+def end_with(parent: int) -> None:
+    """From now on this process ends when its search does, which cannot end its workers when it is killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_ORPHANED_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _judge(entries: Entries) -> Answer:

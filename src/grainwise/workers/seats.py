@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from grainwise.plan.choices import numbers_of
 from grainwise.study.measurement import Failure, Outcome
 from grainwise.workers.pool import Begun, Entries, Evaluate, EvaluatesMany, Inline, Judged, Known, Stop
 
@@ -69,7 +70,9 @@ class Seats:
     def run(self, profiles: Mapping[int, Entries], known: Known, begun: Begun, stop: Stop) -> Iterator[list[Judged]]:
         stored = {number: entries for number, entries in profiles.items() if self._known(entries, known)}
         yield from Inline(self._evaluate).run(stored, known, begun, stop)
-        order = sorted(profiles.keys() - stored.keys(), key=lambda number: list(map(str, profiles[number].values())))
+        order = sorted(
+            profiles.keys() - stored.keys(), key=lambda number: list(map(numbers_of, profiles[number].values()))
+        )
         hands, idle, lost = _Hands(order, self._seats), list(self._seats), Counter[int | str]()
         running: dict[Future[Answer], _Given] = {}
         try:

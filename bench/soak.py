@@ -1,0 +1,108 @@
+"""Thousands of trials in one process: its memory, its open files and what it leaves behind do not grow.
+
+    python -m bench.soak [--trials 5000] [--searcher rl]
+
+The small network of bench.kills, SQLite, this process and one worker process. Memory is that of this process and of its
+worker after a fifth of the trials and at the end. Writes bench/results/soak.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.kills import Bench
+from grainwise.api import SearchOptions, make_reward, make_searcher
+from grainwise.evaluate.timing import device_name
+from grainwise.search.driver import Budget, Judge, search
+from grainwise.store.studies import Store
+from grainwise.study.trial import Trial
+from grainwise.workers.processes import Processes
+
+RESULTS = Path(__file__).parent / "results" / "soak.json"
+
+
+def memory_kb(process: int) -> int:
+    """Of what is in memory, all that is not a file's."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+
+def litter() -> set[str]:
+    """Names in shared memory and in the folder of temporary files."""
+    return {str(path) for folder in ("/dev/shm", tempfile.gettempdir()) for path in Path(folder).iterdir()}  # noqa: S108
+
+
+def soak(bench: Bench, searcher: str) -> Iterator[dict[str, Any]]:
+    """What there is after a fifth of the trials and after all of them."""
+    session, options = bench.session, SearchOptions(seed=bench.seed, searcher=searcher)
+    scores, marks, found = bench.scores, (bench.trials // 5, bench.trials), list[dict[str, Any]]()
+    pool = Processes(session.evaluator, 1)
+    (worker,) = pool.processes()
+    start = time.monotonic()
+
+    def observe(trial: Trial) -> None:
+        if trial.number + 1 in marks:
+            found.append(
+                {
+                    "trials": trial.number + 1,
+                    "seconds": round(time.monotonic() - start),
+                    "this_process_kb": memory_kb(os.getpid()),
+                    "worker_kb": memory_kb(worker),
+                    "open_files": len(list(Path("/proc/self/fd").iterdir())),
+                    "worker_open_files": len(list(Path(f"/proc/{worker}/fd").iterdir())),
+                }
+            )
+
+    with closing(Store(bench.url)) as store:
+        store.create("soak", {})
+        try:
+            search(
+                searcher=make_searcher(session, session.projection(bench.budgets), scores, options, bench.trials),
+                judge=Judge(
+                    session.evaluator,
+                    make_reward(session, bench.budgets, options),
+                    session.evaluator.reference,
+                    session.space.graph,
+                ),
+                store=store,
+                study="soak",
+                budget=Budget(evaluations=bench.trials),
+                observer=observe,
+                pool=pool,
+            )
+        finally:
+            pool.close()
+    yield from found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=5000)
+    parser.add_argument("--searcher", default="rl")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    before = litter()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(soak(Bench(f"sqlite:///{folder}/soak.db", given.trials, 0), given.searcher))
+    body = {
+        "command": f"python -m bench.soak --trials {given.trials} --searcher {given.searcher}",
+        "machine": f"{device_name()}, {os.cpu_count()} cores",
+        "rows": rows,
+        "left_behind": sorted(litter() - before),
+    }
+    RESULTS.write_text(json.dumps(body, indent=1) + "\n")
+    print(json.dumps(body, indent=1))
+
+
+if __name__ == "__main__":
+    main()
