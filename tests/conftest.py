@@ -14,6 +14,15 @@ settings.register_profile("grainwise", deadline=None)  # the machine is shared: 
 settings.load_profile("grainwise")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="as many cases as were asked for, where a part of them is run")
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--full"))
+
+
 @pytest.fixture(scope="session")
 def session() -> Session:
     """The tiny residual network, prepared; shared, so tests must not change it."""
