@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from bench.search import TASKS
-from grainwise.api import SearchOptions, make_reward
+from grainwise.api import SearchOptions, make_judge
 from grainwise.evaluate.timing import device_name
 from grainwise.graph.features import controller_features
 from grainwise.plan.space import SpaceKind
-from grainwise.search.driver import Budget, Judge, search
+from grainwise.search.driver import Budget, search
 from grainwise.search.rl import ControllerConfig, ControllerSearcher
 from grainwise.session import Session
 from grainwise.store.studies import Store
@@ -114,14 +114,12 @@ class Bench:
         scores = kept_sensitivity(session, self.store) if config.use_prior else None
         features = session.features() if variant.statistics else _without_statistics(session)
         options = SearchOptions(complexity_weight=variant.complexity_weight, space=variant.space)
-        reward = make_reward(session, budgets, options)
         return search(
             searcher=ControllerSearcher(session.projection(budgets), features, scores, seed=seed, config=config),
-            judge=Judge(session.evaluator, reward, session.evaluator.reference, session.space.graph),
+            judge=make_judge(session, budgets, options),
             store=self.store,
             study=study,
             budget=Budget(evaluations=self.evaluations),
-            observer=lambda trial: None,
         )
 
     def row(self, name: str, seed: int) -> dict[str, Any]:

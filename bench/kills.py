@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from grainwise import Data
-from grainwise.api import SearchOptions, make_reward, make_searcher
+from grainwise.api import SearchOptions, make_judge, make_searcher
 from grainwise.evaluate.timing import device_name
-from grainwise.search.driver import Budget, Judge, search
+from grainwise.search.driver import Budget, search
 from grainwise.session import Session
 from grainwise.store.studies import Store
 from grainwise.study.trial import Trial, best
@@ -79,12 +79,7 @@ class Bench:
             store.create(study, {"budgets": self.budgets})
         search(
             searcher=make_searcher(session, session.projection(self.budgets), self.scores, options, self.trials),
-            judge=Judge(
-                session.evaluator,
-                make_reward(session, self.budgets, options),
-                session.evaluator.reference,
-                session.space.graph,
-            ),
+            judge=make_judge(session, self.budgets, options),
             store=store,
             study=study,
             budget=Budget(evaluations=self.trials),

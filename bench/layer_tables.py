@@ -45,3 +45,19 @@ def shrinkage() -> str:
     ]
     table = markdown.table(["layer", "inputs", "pictures", "rows of x", *ways], rows)
     return f"{table}\n\nErrors in percent. `{body['command']}` on {body['machine']}."
+
+
+def students() -> str:
+    """A row for each training, a column for each block."""
+    if not markdown.made("students"):
+        return "No results yet: `python -m bench.students`."
+    body = markdown.read("students")
+    rows = {(row["steps"], row["loss"], row["block"]): row for row in body["rows"]}
+    blocks = list(dict.fromkeys(row["block"] for row in body["rows"]))
+    lines = []
+    for steps, loss in dict.fromkeys((row["steps"], row["loss"]) for row in body["rows"]):
+        own = [rows[steps, loss, block] for block in blocks]
+        errors, seconds = [f"{row['error']:.4f}" for row in own], sum(row["seconds"] for row in own) / len(own)
+        lines.append([str(steps), loss if steps else "re-fit alone", *errors, f"{seconds:.1f}"])
+    head = ["steps", "loss", *(f"`{block}`" for block in blocks), "seconds each"]
+    return f"{markdown.table(head, lines)}\n\n`{body['command']}` on {body['machine']}."

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,11 +29,11 @@ import numpy as np
 import torch
 
 from bench.kills import Bench
-from grainwise.api import SearchOptions, make_reward
+from grainwise.api import SearchOptions, make_judge
 from grainwise.evaluate.timing import device_name
 from grainwise.plan.choices import Entry
 from grainwise.search.baselines import RandomSearcher
-from grainwise.search.driver import Budget, Judge, search
+from grainwise.search.driver import Budget, search
 from grainwise.store.studies import Store
 from grainwise.study.measurement import Outcome
 from grainwise.workers.pool import Evaluate, Inline, Pool
@@ -87,16 +87,10 @@ def searched(bench: Bench, study: str, pool: Pool, evaluate: Evaluate) -> dict[s
         try:
             search(
                 searcher=RandomSearcher(session.projection(bench.budgets), seed=bench.seed),
-                judge=Judge(
-                    evaluate,
-                    make_reward(session, bench.budgets, SearchOptions()),
-                    session.evaluator.reference,
-                    session.space.graph,
-                ),
+                judge=replace(make_judge(session, bench.budgets, SearchOptions()), evaluate=evaluate),
                 store=store,
                 study=study,
                 budget=Budget(evaluations=bench.trials),
-                observer=lambda trial: None,
                 pool=pool,
             )
         finally:

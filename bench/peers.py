@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bench.exchange import FLOAT, Made, Task, check_levels, counted_bytes, processor_seconds
 from bench.workshop import Kept, Row
 from examples import cifar10, resnet20
-from grainwise.api import SearchOptions, make_reward, make_searcher
+from grainwise.api import SearchOptions, make_judge, make_searcher
 from grainwise.evaluate.data import Data, Splits
 from grainwise.evaluate.evaluator import outputs_of, targets_of
 from grainwise.evaluate.measures import accuracy
@@ -40,7 +40,7 @@ from grainwise.leaders import Infeasible, choose
 from grainwise.plan.projection import Unreachable
 from grainwise.realise.norms import NormWatch, Standard, reestimate_norms
 from grainwise.realise.reference import channels_last
-from grainwise.search.driver import Budget, Judge, search
+from grainwise.search.driver import Budget, search
 from grainwise.search.registry import technique
 from grainwise.session import Session
 from grainwise.store.studies import Store
@@ -242,14 +242,12 @@ class Bench:
         try:
             sensitivity = session.sensitivity(lambda done, total: None, table) if table else None
             store.create("peers", {"constraints": constraints})
-            reward = make_reward(session, budgets, options)
             trials = search(
                 searcher=make_searcher(session, session.projection(budgets), sensitivity, options, self.evaluations),
-                judge=Judge(session.evaluator, reward, session.evaluator.reference, session.space.graph),
+                judge=make_judge(session, budgets, options),
                 store=store,
                 study="peers",
                 budget=Budget(evaluations=self.evaluations),
-                observer=lambda trial: None,
             )
             found = session.evaluator.finish(choose(session, trials, budgets))
         except (Infeasible, Unreachable) as error:

@@ -23,13 +23,13 @@ import torch
 from bench.controller import kept_sensitivity
 from bench.workshop import Kept
 from examples import cifar10, resnet20
-from grainwise.api import SearchOptions, make_reward, make_searcher
+from grainwise.api import SearchOptions, make_judge, make_searcher
 from grainwise.evaluate.timing import device_name
 from grainwise.export.artefact import load
 from grainwise.leaders import choose
 from grainwise.recover.checkpoint import Checkpoint
 from grainwise.recover.options import RecoverOptions, training_budget
-from grainwise.search.driver import Budget, Judge, search
+from grainwise.search.driver import Budget, search
 from grainwise.session import Session
 from grainwise.store.studies import Store
 
@@ -79,16 +79,10 @@ class Bench:
             store.create(study, {"constraints": dict(constraints)})
             trials = search(
                 searcher=make_searcher(session, session.projection(budgets), sensitivity, options, EVALUATIONS),
-                judge=Judge(
-                    session.evaluator,
-                    make_reward(session, budgets, options),
-                    session.evaluator.reference,
-                    session.space.graph,
-                ),
+                judge=make_judge(session, budgets, options),
                 store=store,
                 study=study,
                 budget=Budget(evaluations=EVALUATIONS),
-                observer=lambda trial: None,
             )
         finally:
             store.close()

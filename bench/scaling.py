@@ -118,7 +118,6 @@ def measure(workers: int, seconds: float, each: int, layers: int) -> dict[str, A
             store=store,
             study="s",
             budget=Budget(evaluations=count),
-            observer=lambda trial: None,
             batch=batch,
             pool=Seats(evaluate, [Chair(f"thread {n}", evaluate, threads) for n in range(workers)]),
         )

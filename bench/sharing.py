@@ -30,7 +30,7 @@ from torch import nn
 from bench.controller import kept_sensitivity
 from examples import cifar10, minilm, resnet20
 from grainwise import Data
-from grainwise.api import SearchOptions, make_reward, make_searcher
+from grainwise.api import SearchOptions, make_judge, make_searcher
 from grainwise.evaluate.data import Batch
 from grainwise.evaluate.evaluator import Evaluator, outputs_of
 from grainwise.evaluate.sharing import EVERYTHING, Sharing
@@ -42,7 +42,7 @@ from grainwise.realise.build import build, standards_of
 from grainwise.realise.disk import VariantsOnDisk
 from grainwise.realise.library import VariantLibrary
 from grainwise.realise.norms import norms, reestimate_norms
-from grainwise.search.driver import BATCH, Budget, Judge, search
+from grainwise.search.driver import BATCH, Budget, search
 from grainwise.session import Session
 from grainwise.store.studies import Store
 from grainwise.study.measurement import Measurement, Outcome
@@ -96,19 +96,15 @@ def subject_of(name: str, evaluations: int) -> Subject:
     Path("out").mkdir(exist_ok=True)
     scores = kept_sensitivity(session, Store("sqlite:///out/bench-sharing.db")) if options.prior else None
     searcher = make_searcher(session, Projection(session.cost, budgets), scores, options, evaluations)
-    judge = Judge(
-        session.evaluator, make_reward(session, budgets, options), session.evaluator.reference, session.space.graph
-    )
     with tempfile.TemporaryDirectory() as folder:
         store = Store(f"sqlite:///{folder}/search.db")
         store.create(name, {})
         trials = search(
             searcher=searcher,
-            judge=judge,
+            judge=make_judge(session, budgets, options),
             store=store,
             study=name,
             budget=Budget(evaluations=evaluations),
-            observer=lambda trial: None,
         )
         store.close()
     return Subject(session, [trial.entries for trial in trials])

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from bench.kills import Bench
-from grainwise.api import SearchOptions, make_reward, make_searcher
+from grainwise.api import SearchOptions, make_judge, make_searcher
 from grainwise.evaluate.timing import device_name
-from grainwise.search.driver import Budget, Judge, search
+from grainwise.search.driver import Budget, search
 from grainwise.store.studies import Store
 from grainwise.study.trial import Trial
 from grainwise.workers.processes import Processes
@@ -68,12 +68,7 @@ def soak(bench: Bench, searcher: str) -> Iterator[dict[str, Any]]:
         try:
             search(
                 searcher=make_searcher(session, session.projection(bench.budgets), scores, options, bench.trials),
-                judge=Judge(
-                    session.evaluator,
-                    make_reward(session, bench.budgets, options),
-                    session.evaluator.reference,
-                    session.space.graph,
-                ),
+                judge=make_judge(session, bench.budgets, options),
                 store=store,
                 study="soak",
                 budget=Budget(evaluations=bench.trials),

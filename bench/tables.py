@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import markdown
-from bench.layer_tables import methods, shrinkage
+from bench.layer_tables import methods, shrinkage, students
 from bench.study_tables import losses, scaling, store, workers
 from bench.training_tables import adaptive, recover, timelines
 
@@ -309,6 +309,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "controller": ("docs/controller.md", controller),
     "methods": ("docs/methods.md", methods),
     "shrinkage": ("docs/methods.md", shrinkage),
+    "students": ("docs/methods.md", students),
     "search": ("docs/search.md", search),
     "latency": ("docs/latency.md", latency),
     "deploy": ("docs/deploy.md", deploy),

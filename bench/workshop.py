@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from bench.controller import kept_sensitivity
-from grainwise.api import SearchOptions, make_reward, make_searcher
+from grainwise.api import SearchOptions, make_judge, make_searcher
 from grainwise.bench import REFERENCE, Contest
 from grainwise.calibrate import with_latency
 from grainwise.evaluate.data import Data
@@ -27,7 +27,7 @@ from grainwise.leaders import Infeasible, aimed, choose
 from grainwise.plan.choices import Entry, Method
 from grainwise.plan.profile import entries_to_json
 from grainwise.plan.projection import Unreachable
-from grainwise.search.driver import Budget, Judge, search
+from grainwise.search.driver import Budget, search
 from grainwise.session import Result, Session
 from grainwise.store.studies import Store
 from grainwise.study.sensitivity import Sensitivity
@@ -176,14 +176,12 @@ class Workshop:
             store.create(name, {"constraints": dict(constraints)})
             budgets = session.budgets(constraints)
             projection = session.projection(budgets, aimed(session, budgets, self.sensitivity))
-            reward = make_reward(session, budgets, options)
             trials = search(
                 searcher=make_searcher(session, projection, self.sensitivity, options, self.evaluations),
-                judge=Judge(session.evaluator, reward, session.evaluator.reference, session.space.graph),
+                judge=make_judge(session, budgets, options),
                 store=store,
                 study=name,
                 budget=Budget(evaluations=self.evaluations),
-                observer=lambda trial: None,
             )
         finally:
             store.close()

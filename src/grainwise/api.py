@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -149,6 +149,7 @@ def compress(
     Raises TraceError, DataError, MetricError, Unreachable (no profile can meet the constraints), StoreError, Stopped
     (`Observer.stop`), or Infeasible (none was found). The model itself is not changed.
     """
+    limit = Budget.parse(budget)
     observer.stage("trace")
     session = Session.prepare(
         model,
@@ -161,9 +162,7 @@ def compress(
         sharing=sharing,
         students=options.students,
     )
-    limit = Budget.parse(budget)
-    database = Store(store)
-    try:
+    with closing(Store(store)) as database:
         kept = database.settings(study) if resume else {}
         if "latency" in constraints:
             observer.stage("latency")
@@ -174,7 +173,6 @@ def compress(
         if (workers or 1) > 1 and Method.DISTILL in options.methods and pool in (None, "processes"):
             observer.stage("students")
             train_students(session.evaluator.library, workers or 1)
-        settings = study_settings(session, constraints, budgets, options)
 
         def measure(table: Table) -> Sensitivity:
             observer.stage("sensitivity")
@@ -183,45 +181,41 @@ def compress(
         sensitivity, aim = open_study(
             database,
             study,
-            settings,
+            study_settings(session, constraints, budgets, options),
             options,
             measure,
             lambda scores: aimed(session, budgets, scores),
             resume=resume,
             noted={"budget": str(budget), "batch": max(BATCH, workers or 1)},
         )
-        projection = session.projection(budgets, aim)
-        searcher = make_searcher(session, projection, sensitivity, options, limit.evaluations)
-        judge = Judge(
-            session.evaluator,
-            make_reward(session, budgets, options),
-            session.evaluator.reference,
-            session.space.graph,
-            per_layer=options.credit == "per_layer" and options.searcher == "rl",
-        )
         observer.stage("search")
-        seen: list[Trial] = list(database.trials(study))
-
-        def watch(trial: Trial) -> None:
-            seen.append(trial)
-            observer.trial(trial, best(seen, budgets))
-
         with pool_of(session, pool, workers, limit_seconds, address) as opened:
             trials = search(
-                searcher=searcher,
-                judge=judge,
+                searcher=make_searcher(
+                    session, session.projection(budgets, aim), sensitivity, options, limit.evaluations
+                ),
+                judge=make_judge(session, budgets, options),
                 store=database,
                 study=study,
                 budget=limit,
-                observer=watch,
+                observer=watching(observer, database.trials(study), budgets),
                 batch=database.settings(study).get("batch", BATCH),  # a study goes on in the batches that it began in
                 pool=opened,
                 stop=observer.stop,
             )
-    finally:
-        database.close()
     observer.stage("finish")
     return session.finish(choose(session, trials, budgets), len(trials))
+
+
+def watching(observer: Observer, trials: Iterable[Trial], budgets: Mapping[str, float]) -> Callable[[Trial], None]:
+    """Tells the observer of each trial and of the best one so far, after those that there are."""
+    seen = list(trials)
+
+    def watch(trial: Trial) -> None:
+        seen.append(trial)
+        observer.trial(trial, best(seen, budgets))
+
+    return watch
 
 
 @contextmanager
@@ -260,6 +254,13 @@ def make_reward(session: Session, budgets: Mapping[str, float], options: SearchO
     if options.complexity_weight:
         return WithComplexity(reward, session.space.graph, options.complexity_weight)
     return reward
+
+
+def make_judge(session: Session, budgets: Mapping[str, float], options: SearchOptions) -> Judge:
+    """What a profile's outcome is worth. Raises ValueError for an unknown reward."""
+    evaluator, reward = session.evaluator, make_reward(session, budgets, options)
+    per_layer = options.credit == "per_layer" and options.searcher == "rl"
+    return Judge(evaluator, reward, evaluator.reference, session.space.graph, per_layer)
 
 
 def make_searcher(

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from grainwise.api import Observer, SearchOptions, make_reward, make_searcher, open_study, study_settings
+from grainwise.api import Observer, SearchOptions, make_judge, make_searcher, open_study, study_settings, watching
 from grainwise.calibrate import with_latency
 from grainwise.evaluate.calibration import Calibration
 from grainwise.evaluate.fisher import DRAWS
 from grainwise.leaders import aimed
-from grainwise.search.driver import Budget, Judge, search
+from grainwise.search.driver import Budget, search
 from grainwise.search.registry import Table, technique
 from grainwise.search.searcher import Proposal, Searcher, State
 from grainwise.session import AIM, Session
@@ -172,15 +172,14 @@ class _Bench:
         self.observer.stage("search")
         projection = session.projection(budgets, aim)
         searcher = _Timed(lambda: make_searcher(session, projection, sensitivity, options, self.evaluations))
-        reward = make_reward(session, budgets, options)
-        judge = Judge(session.evaluator, reward, session.evaluator.reference, session.space.graph)
-        seen = list(self.store.trials(study))
-
-        def watch(trial: Trial) -> None:
-            seen.append(trial)
-            self.observer.trial(trial, best(seen, budgets))
-
-        trials = search(searcher=searcher, judge=judge, store=self.store, study=study, budget=limit, observer=watch)
+        trials = search(
+            searcher=searcher,
+            judge=make_judge(session, budgets, options),
+            store=self.store,
+            study=study,
+            budget=limit,
+            observer=watching(self.observer, self.store.trials(study), budgets),
+        )
         return trials, searcher.clock
 
     def _place(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def search(
     store: Store,
     study: str,
     budget: Budget,
-    observer: Observer,
+    observer: Observer = lambda trial: None,
     batch: int = BATCH,
     pool: Pool | None = None,
     stop: Stop = lambda: False,
