@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from grainwise.cli import app
+from tests.store.persisted import check
 from tests.store.test_studies import old_database
 
 NETWORK = ["--model", "tests.networks:tiny", "--data", "tests.networks:tiny_data"]
@@ -75,6 +76,12 @@ def test_the_commands_in_a_row(tmp_path: Path) -> None:
     assert (full["size_bytes"], found["size_bytes"]) == (figures["reference_size_bytes"], figures["size_bytes"])
     assert found["metric"] == json.loads(verified.stdout)["onnx_accuracy"]
     assert "timing 2 files in turn for 0.2 s" in raced.stderr
+
+    others = tmp_path / "cache" / "Microsoft"  # ONNX Runtime's own
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and others not in path.parents]
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".db", ".onnx", ".md"}
+    for path in files:
+        check(path)
 
 
 def test_compare_prints_a_table_or_json_and_draws(tmp_path: Path) -> None:

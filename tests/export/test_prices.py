@@ -47,7 +47,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Data]]] = {
     "conv1d": (zoo.conv1d, zoo.signal_data),
     "densenet": (zoo.densenet, zoo.picture_data),
 }
-RANDOM = 15
+RANDOM = 8
 INT8 = Choice(Method.QUANTIZE, Granularity.CHANNEL, 8)
 
 

@@ -21,10 +21,13 @@ STUDENT = Choice(Method.DISTILL, Granularity.BLOCK, 0.5)
 INT4 = Choice(Method.QUANTIZE, Granularity.CHANNEL, 4)
 
 
-def test_every_legal_entry_is_built_at_the_predicted_cost(session: Session) -> None:
+def test_every_legal_entry_is_built_at_the_predicted_cost(session: Session, full: bool) -> None:
+    """A structure or a precision alone, and a third of those that are combined; all with --full."""
     library, x = session.evaluator.library, pictures(4, 7)[0][0]
     for index, layer in enumerate(session.space.layers):
         for s, p in np.argwhere(session.space.pairs(index)):
+            if s and p and (s + p + index) % 3 and not full:
+                continue
             entries = {layer.name: Entry(STRUCTURES[s], PRECISIONS[p])}
             model = build(library, entries)
             assert torch.isfinite(model(x)).all(), entries
