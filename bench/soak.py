@@ -3,7 +3,8 @@
     python -m bench.soak [--trials 5000] [--searcher rl]
 
 The small network of bench.kills, SQLite, this process and one worker process. Memory is that of this process and of its
-worker after a fifth of the trials and at the end. Writes bench/results/soak.json.
+worker after a fifth of the trials and at the end; what is left behind, in shared memory and in the folder of temporary
+files, when such a search has ended, and when one was killed. Writes bench/results/soak.json.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,6 +31,8 @@ from grainwise.store.studies import Store
 from grainwise.study.trial import Trial
 from grainwise.workers.processes import Processes
 
+KILLED_AFTER = 10.0  # seconds
+PATIENCE = 5.0  # until workers have seen that their search is no more
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 
 
@@ -80,21 +85,43 @@ def soak(bench: Bench, searcher: str) -> Iterator[dict[str, Any]]:
     yield from found
 
 
+def command(url: str, trials: int, searcher: str) -> list[str]:
+    return [sys.executable, "-m", "bench.soak", "--url", url, "--trials", str(trials), "--searcher", searcher]
+
+
+def left_by_a_kill(url: str, trials: int, searcher: str) -> list[str]:
+    """What a search that is killed amid its trials leaves behind."""
+    before = litter()
+    with subprocess.Popen(command(url, trials, searcher), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while litter() == before:  # its workers are on their way
+            time.sleep(0.1)
+        time.sleep(KILLED_AFTER)
+        run.kill()
+    time.sleep(PATIENCE)
+    return sorted(litter() - before)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=5000)
     parser.add_argument("--searcher", default="rl")
+    parser.add_argument("--url", help="of a store: search there, print the rows and write no results")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    before = litter()
+    if given.url:
+        print(json.dumps(list(soak(Bench(given.url, given.trials, 0), given.searcher))))
+        return
     with tempfile.TemporaryDirectory() as folder:
-        rows = list(soak(Bench(f"sqlite:///{folder}/soak.db", given.trials, 0), given.searcher))
-    body = {
-        "command": f"python -m bench.soak --trials {given.trials} --searcher {given.searcher}",
-        "machine": f"{device_name()}, {os.cpu_count()} cores",
-        "rows": rows,
-        "left_behind": sorted(litter() - before),
-    }
+        before = litter()
+        inner = command(f"sqlite:///{folder}/soak.db", given.trials, given.searcher)
+        rows = json.loads(subprocess.run(inner, stdout=subprocess.PIPE, check=True).stdout)
+        body = {
+            "command": f"python -m bench.soak --trials {given.trials} --searcher {given.searcher}",
+            "machine": f"{device_name()}, {os.cpu_count()} cores",
+            "rows": rows,
+            "left_behind": sorted(litter() - before),
+            "left_behind_by_a_kill": left_by_a_kill(f"sqlite:///{folder}/killed.db", given.trials, given.searcher),
+        }
     RESULTS.write_text(json.dumps(body, indent=1) + "\n")
     print(json.dumps(body, indent=1))
 

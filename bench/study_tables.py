@@ -61,6 +61,27 @@ def losses() -> str:
     )
 
 
+def soak() -> str:
+    """Memory and open files of a long search, early and at its end, and what it left behind."""
+    body = markdown.read("soak")
+    head = ["trials", "memory of the search, MB", "of its worker", "open files", "of its worker"]
+    lines = [
+        [
+            f"{row['trials']:,}",
+            f"{row['this_process_kb'] / 1024:.0f}",
+            f"{row['worker_kb'] / 1024:.0f}",
+            str(row["open_files"]),
+            str(row["worker_open_files"]),
+        ]
+        for row in body["rows"]
+    ]
+    left = len(body["left_behind"]), len(body["left_behind_by_a_kill"])
+    return (
+        f"{markdown.table(head, lines)}\n\nLeft behind at the end: {left[0]} files; after a kill -9: {left[1]}. "
+        f"`{body['command']}` on {body['machine']}."
+    )
+
+
 def workers() -> str:
     """For each network, evaluations per second and memory of each pool."""
     if not markdown.made("workers"):

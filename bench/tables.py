@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import markdown
 from bench.layer_tables import methods, shrinkage, students
-from bench.study_tables import losses, scaling, store, workers
+from bench.study_tables import losses, scaling, soak, store, workers
 from bench.training_tables import adaptive, recover, timelines
 
 ROOT = Path(__file__).parents[1]
@@ -317,6 +317,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "recover": ("docs/recover.md", recover),
     "store": ("docs/studies.md", store),
     "losses": ("docs/studies.md", losses),
+    "soak": ("docs/studies.md", soak),
     "workers": ("docs/studies.md", workers),
     "scaling": ("docs/scaling.md", scaling),
     "adaptive": ("docs/adaptive.md", adaptive),
