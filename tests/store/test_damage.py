@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import shutil
 import signal
@@ -147,8 +148,14 @@ def test_only_a_damaged_file_can_be_recovered(tmp_path: Path) -> None:
             recover(url, f"sqlite:///{tmp_path / 'new.db'}")
 
 
-def test_a_full_disk_keeps_every_trial_that_was_acknowledged(tmp_path: Path) -> None:
-    """A process that may write 600,000 bytes to a file adds trials until it cannot."""
+def test_a_full_disk_keeps_every_trial_that_was_acknowledged(tmp_path: Path, full: bool) -> None:
+    """A process that may write so many bytes to a file adds trials until it cannot; at 3 places, 100 with --full."""
+    for number, room in enumerate(random.Random(0).sample(range(400_000, 900_000), 100 if full else 3)):
+        (tmp_path / str(number)).mkdir()
+        check_full_disk(tmp_path / str(number), room)
+
+
+def check_full_disk(tmp_path: Path, room: int) -> None:
     url = f"sqlite:///{tmp_path / 's.db'}"
     store = Store(url)
     store.create("s", {})
@@ -157,13 +164,13 @@ def test_a_full_disk_keeps_every_trial_that_was_acknowledged(tmp_path: Path) -> 
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _add_until_full(url, writing)
+        _add_until_full(url, writing, room)
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as lines:
         *told, sentence = lines.read().splitlines()
     assert os.waitpid(child, 0)[1] == 0
-    assert len(told) > 10
+    assert len(told) > room // 100_000
     assert f"{tmp_path} has " in sentence and "bytes free: make room, then resume" in sentence
     store = Store(url)
     assert [t.number for t in store.trials("s")] == [int(number) for number in told]
@@ -173,9 +180,9 @@ def test_a_full_disk_keeps_every_trial_that_was_acknowledged(tmp_path: Path) -> 
     store.close()
 
 
-def _add_until_full(url: str, tell: int) -> None:
+def _add_until_full(url: str, tell: int, room: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     store = Store(url)
     for number in range(10_000):
         try:
