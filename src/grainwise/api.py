@@ -186,7 +186,7 @@ def compress(
             measure,
             lambda scores: aimed(session, budgets, scores),
             resume=resume,
-            noted={"budget": str(budget), "batch": max(BATCH, workers or 1)},
+            noted={"budget": str(budget), "batch": batch_of(pool, workers, address)},
         )
         observer.stage("search")
         with pool_of(session, pool, workers, limit_seconds, address) as opened:
@@ -216,6 +216,15 @@ def watching(observer: Observer, trials: Iterable[Trial], budgets: Mapping[str, 
         observer.trial(trial, best(seen, budgets))
 
     return watch
+
+
+def batch_of(pool: str | None, workers: int | None, address: str | None) -> int:
+    """Profiles that a new study proposes at a time: one for each worker, and no fewer than one process is given."""
+    if pool == "ray" and workers is None:
+        from grainwise.workers.cluster import workers_of
+
+        workers = workers_of(address)
+    return max(BATCH, workers or 1)
 
 
 @contextmanager

@@ -21,7 +21,8 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY
 os.environ |= TOKEN
 ray = pytest.importorskip("ray", reason="the package ray is not installed: no test of clusters was run")
 
-from grainwise.workers.cluster import Cluster  # noqa: E402
+from grainwise.api import batch_of  # noqa: E402
+from grainwise.workers.cluster import Cluster, workers_of  # noqa: E402
 
 TRUTH = {number: by_text(entries) for number, entries in PROFILES.items()}
 
@@ -49,6 +50,15 @@ class TestCluster(PoolContract):
         with closing(Cluster(by_text, address=self.nodes.address)) as pool:
             assert len(set(pool.processes())) == 2
             assert len(ray.nodes()) >= 2
+
+    def test_a_study_has_batches_of_the_clusters_size(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        try:
+            assert workers_of(self.nodes.address) == 2
+            assert batch_of("ray", None, self.nodes.address) == batch_of(None, None, None) == 16
+            monkeypatch.setattr("grainwise.workers.cluster._processors", lambda: 40)
+            assert batch_of("ray", None, self.nodes.address) == 40
+        finally:
+            ray.shutdown()
 
     def test_a_profile_whose_worker_is_lost_is_given_to_another(self, tmp_path: Path) -> None:
         troubled = Troubled(tmp_path, "dies", times=1)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import torch
 
 from grainwise.workers.pool import Entries, Evaluate
 from grainwise.workers.seats import Answer, Seats, checked, timed
@@ -30,8 +31,6 @@ class _Worker:
     """What runs in an actor: made once, it keeps its activations from one profile to the next."""
 
     def __init__(self, threads: int, packed: Any) -> None:
-        import torch
-
         torch.set_num_threads(threads)
         self._evaluate: Evaluate = unpack(packed)  # Ray maps the node's copy, read-only
 
@@ -92,12 +91,9 @@ class Cluster(Seats):
         limit_seconds: float | None = None,
         address: str | None = None,
     ) -> None:
-        import torch
-
         checked(1 if workers is None else workers, limit_seconds)
-        threads = torch.get_num_threads()
-        _join(address, (workers or os.cpu_count() or 1) * threads)
-        count = workers or max(1, _processors() // threads)
+        threads, count = torch.get_num_threads(), workers or workers_of(address)
+        _join(address, count * threads)
         packed = Packed(evaluate)
         content = np.empty(packed.bytes, np.uint8)
         packed.write(content.data)
@@ -109,6 +105,16 @@ class Cluster(Seats):
         ray.shutdown()
 
 
+def workers_of(address: str | None) -> int:
+    """How many workers a pool has unless it is told: one for each processor of this machine, or, joined now, of the
+    cluster, with as many threads each as this process has now. Raises RuntimeError as `Cluster` does.
+    """
+    if address is None:
+        return os.cpu_count() or 1
+    _join(address, 0)
+    return max(1, _processors() // torch.get_num_threads())
+
+
 def _join(address: str | None, processors: int) -> None:
     options: dict[str, Any] = {"include_dashboard": False, "num_cpus": processors} if address is None else {}
     if address is not None and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
@@ -116,6 +122,8 @@ def _join(address: str | None, processors: int) -> None:
             "a search joins only a Ray cluster that asks for a token: start every node with RAY_AUTH_MODE=token "
             "(and the token of `ray get-auth-token --generate`), and set the same here"
         )
+    if ray.is_initialized():
+        return
     try:
         host, _, port = (address or "").rpartition(":")
         if host:  # Ray itself would ask for minutes

@@ -77,20 +77,20 @@ class Processes(Seats):
 def _begin(path: str, threads: int, parent: int) -> None:
     """What a worker process does first."""
     global _evaluate  # noqa: PLW0603  (loky hands an initializer's work to the calls in no other way)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the search's, which lets this one finish
-    torch.set_num_threads(threads)
-    end_with(parent)
+    serve(threads, parent)
     _evaluate = unpack_from(path)
 
 
-def end_with(parent: int) -> None:
-    """From now on this process ends when its search does, which cannot end its workers when it is killed."""
+def serve(threads: int, parent: int) -> None:
+    """From now on this process computes for `parent`, and ends when that does: who is killed cannot end its workers."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_ORPHANED_SECONDS)
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the search's, which lets this one finish
+    torch.set_num_threads(threads)
     threading.Thread(target=watch, daemon=True).start()
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from grainwise.plan.choices import LEVELS, Choice, Granularity, Method
 from grainwise.plan.space import units_left
 from grainwise.realise.library import VariantLibrary
-from grainwise.workers.processes import end_with
+from grainwise.workers.processes import serve
 from grainwise.workers.shared import Shared, unpack_from
 
 _library: VariantLibrary | None = None  # of a worker process
@@ -47,8 +47,7 @@ def _widths(library: VariantLibrary, number: int) -> list[int]:
 
 def _begin(path: str, threads: int, parent: int) -> None:
     global _library  # noqa: PLW0603  (loky hands an initializer's work to the calls in no other way)
-    torch.set_num_threads(threads)
-    end_with(parent)
+    serve(threads, parent)
     _library = unpack_from(path)
 
 
