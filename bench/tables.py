@@ -318,6 +318,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "store": ("docs/studies.md", store),
     "losses": ("docs/studies.md", losses),
     "soak": ("docs/studies.md", soak),
+    "sharing": ("docs/sharing.md", sharing),
     "workers": ("docs/studies.md", workers),
     "scaling": ("docs/scaling.md", scaling),
     "adaptive": ("docs/adaptive.md", adaptive),
