@@ -113,9 +113,9 @@ def test_two_workers_find_what_one_finds(tmp_path: Path) -> None:
 
 def test_resume_goes_on_and_refuses_another_search(tmp_path: Path) -> None:
     first = _compress(tmp_path, budget=16)
-    longer = _compress(tmp_path, budget=8, resume=True)
+    longer = _compress(tmp_path, budget=24, resume=True)
     assert first.trials == 16
-    assert longer.trials == 8
+    assert longer.trials == 24
     with pytest.raises(StoreError, match="already"):
         _compress(tmp_path)
     with pytest.raises(StoreError, match="begun with another constraints"):
@@ -258,8 +258,8 @@ def test_a_latency_search_goes_on_with_the_milliseconds_that_it_began_with(
     first = _compress(tmp_path, budget=4, **settings)
     timed = calibrate.whole_ms
     monkeypatch.setattr(calibrate, "whole_ms", lambda *given: {n: 2 * ms for n, ms in timed(*given).items()})
-    longer = _compress(tmp_path, budget=24, resume=True, **settings)  # on a machine that has become slower
-    assert longer.trials == 24
+    longer = _compress(tmp_path, budget=8, resume=True, **settings)  # on a machine that has become slower
+    assert longer.trials == 8
     assert longer.session.line == first.session.line
     entries = longer.entries
     assert longer.session.cost.total(entries).tolist() == first.session.cost.total(entries).tolist()
