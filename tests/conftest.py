@@ -29,6 +29,12 @@ def full(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--full"))
 
 
+@pytest.fixture(autouse=True)
+def short_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests ask whether files are timed, and not which one is faster."""
+    monkeypatch.setattr("grainwise.evaluate.deployed.SECONDS", 0.2)
+
+
 @pytest.fixture(scope="session")
 def session() -> Session:
     """The tiny residual network, prepared; shared, so tests must not change it."""

@@ -91,15 +91,16 @@ class Race:
 def race(
     files: Mapping[str, bytes | Runner],
     sample: Mapping[str, Any],
-    seconds: float = SECONDS,
+    seconds: float | None = None,
     *,
     threads: int = THREADS,
     foreign: Collection[str] = (),
 ) -> Race:
     """Time files side by side on one batch (`first_sample`); the first is what the others are compared with.
 
-    files: for ONNX Runtime, or opened already in another runtime. foreign: files of other tools, which run with every
-    optimisation of ONNX Runtime, as their makers reckon with, and take the sample's arrays in their order.
+    files: for ONNX Runtime, or opened already in another runtime. seconds: by default SECONDS. foreign: files of other
+    tools, which run with every optimisation of ONNX Runtime, as their makers reckon with, and take the sample's arrays
+    in their order.
     """
     import onnxruntime
 
@@ -111,7 +112,7 @@ def race(
     programs = {name: program(name) for name in files}
     first = next(iter(files))
     again = f"{first} again"
-    timings = interleaved({**programs, again: program(first)}, seconds=seconds)
+    timings = interleaved({**programs, again: program(first)}, seconds=SECONDS if seconds is None else seconds)
     wall = threads > 1
     found = noise(timings[first], timings[again], wall=wall)
     ratios = {name: ratio(timings[name], timings[first], wall=wall) for name in files}
