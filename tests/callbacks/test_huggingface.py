@@ -3,10 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 import grainwise as gw
+from tests.callbacks.contract import CallbackContract
 from tests.networks import pictures, tiny, tiny_data
 
 transformers = pytest.importorskip("transformers", reason="pip install grainwise[hf]")
@@ -59,14 +59,5 @@ def trained(folder: Path, epochs: int, compressed_for: int) -> gw.AdaptiveCompre
     return adaptive
 
 
-def test_a_trainer_compresses_while_it_trains(tmp_path: Path) -> None:
-    adaptive = trained(tmp_path, 3, 3)
-    assert [epoch.source is None for epoch in adaptive.history] == [False, False, True]
-    result = adaptive.result()
-    assert result.measurement.size_bytes <= 0.3 * result.reference.size_bytes
-    assert all(torch.isfinite(value).all() for value in result.model.state_dict().values())
-
-
-def test_a_trainer_of_other_epochs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the trainer is set to 2 epochs, the compression to 3"):
-        trained(tmp_path, 2, 3)
+class TestHuggingFace(CallbackContract):
+    trained = staticmethod(trained)

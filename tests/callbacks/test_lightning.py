@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import grainwise as gw
+from tests.callbacks.contract import CallbackContract
 from tests.networks import tiny, tiny_data, tiny_training
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the package itself
@@ -53,13 +54,5 @@ def trained(folder: Path, epochs: int, compressed_for: int) -> gw.AdaptiveCompre
     return adaptive
 
 
-def test_a_trainer_compresses_while_it_trains(tmp_path: Path) -> None:
-    adaptive = trained(tmp_path, 3, 3)
-    assert [epoch.source is None for epoch in adaptive.history] == [False, False, True]
-    result = adaptive.result()
-    assert result.measurement.size_bytes <= 0.3 * result.reference.size_bytes
-
-
-def test_a_trainer_of_other_epochs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the trainer is set to 2 epochs, the compression to 3"):
-        trained(tmp_path, 2, 3)
+class TestLightning(CallbackContract):
+    trained = staticmethod(trained)

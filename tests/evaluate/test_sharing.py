@@ -18,7 +18,7 @@ from grainwise.graph.skeleton import skeleton_forward
 from grainwise.methods.distill import StudentOptions
 from grainwise.plan.choices import Choice, Entry, Granularity, Method
 from grainwise.realise.library import VariantLibrary
-from grainwise.realise.memory import free_bytes, limit
+from grainwise.realise.memory import Recent, free_bytes, limit
 from grainwise.session import Session
 from grainwise.store.studies import Store
 from grainwise.study.measurement import Failure, Measurement
@@ -207,6 +207,18 @@ def test_a_candidate_that_cannot_be_built_is_a_failure_and_the_others_go_on(monk
 
 def test_the_limit_is_a_part_of_what_is_free() -> None:
     assert 0 < limit(None) <= free_bytes() // 7 and limit(5) == 5
+
+
+def test_what_is_kept_heeds_what_is_free_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 bytes each; an eighth of what is free holds two of them at first, and none when others have taken it."""
+    kept, free = Recent(lambda value: [value]), 20_000
+    monkeypatch.setattr("grainwise.realise.memory.free_bytes", lambda: free)
+    for key in range(3):
+        kept.once(key, lambda: torch.zeros(250))
+    assert kept.kept_bytes == 2_000
+    free = 0
+    kept.once(3, lambda: torch.zeros(250))
+    assert kept.kept_bytes == 1_000  # what is asked for at the moment
 
 
 def test_measuring_leaves_the_reference_as_it_was() -> None:

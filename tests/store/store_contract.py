@@ -125,6 +125,22 @@ class StoreContract:
             store.start("s", {1: "host:1", 0: "host:1"}, 7.5)
         assert store.study("s").counts[State.PENDING] == 2  # all or none were started
 
+    @pytest.mark.parametrize(
+        "entries",
+        [
+            {**ENTRIES, "a": Entry(STRUCTURES[3])},
+            {**ENTRIES, "b": Entry(STRUCTURES[5])},
+            {"a": ENTRIES["a"]},
+            {**ENTRIES, "c": Entry(STRUCTURES[2])},
+        ],
+    )
+    def test_an_answer_for_another_profile_is_refused(self, store: Store, entries: dict[str, Entry]) -> None:
+        store.queue("s", TASKS)
+        store.start("s", {0: "host:1"}, 5.5)
+        with pytest.raises(StoreError, match="trial 0 of study 's' .* another process searches this study"):
+            store.add("s", replace(trial(0), entries=entries))
+        store.add("s", replace(trial(0), entries={**ENTRIES, "c": Entry()}))  # no entry is the same as an empty one
+
     def test_measurements_serve_other_studies_and_failures_do_not(self, store: Store, url: str) -> None:
         store.create("other", {})
         store.add("s", DONE, keys={0: "k"})
