@@ -181,11 +181,11 @@ def test_shared_costs_by_hand() -> None:
     for (a, b), size in expected.items():
         numbers = [(a, 0), (b, 0)]
         assert shared.of(numbers).tolist() == [size, 0.0, 0.5]
-        assert shared.table(0, numbers)[:, 0, SIZE].tolist() == [expected[0, b], expected[1, b]]
-        assert shared.table(1, numbers)[:, 0, SIZE].tolist() == [expected[a, 0], expected[a, 1]]
-        assert shared.signatures(numbers, {0: [1]})[0] == shared.signatures([(a, 0), (0, 0)])[0]
-        assert shared.signatures(numbers)[0] == shared.signatures([(1 - a, 0), (b, 0)])[0]
-        assert shared.signatures(numbers)[0] != shared.signatures([(a, 0), (1 - b, 0)])[0]
+        tables = shared.tables(numbers)[:, :, 0, SIZE]
+        assert tables.tolist() == [[expected[0, b], expected[1, b]], [expected[a, 0], expected[a, 1]]]
+        assert shared.tables(numbers, [1])[0, :, 0, SIZE].tolist() == tables[1].tolist()
+        plain = shared.tables(numbers, [0], {0: [1]})  # as if layer 1 were without structure
+        assert plain[0, :, 0, SIZE].tolist() == [expected[0, 0], expected[1, 0]]
 
 
 class Twins(nn.Module):

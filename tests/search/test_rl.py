@@ -87,7 +87,7 @@ def test_the_next_batch_holds_the_solution_of_what_the_measurements_taught(probl
 
 def test_an_untrained_policy_is_the_prior(problem: Bed) -> None:
     made = searcher(problem)
-    rollout = made._retrace(made._prior.solution())
+    rollout = made._retrace([made._prior.solution()])
     log_probs, _ = made.trainer.controller(rollout.inputs)
     weights = torch.where(rollout.inputs.mask, rollout.inputs.prior, torch.tensor(-torch.inf))
     assert torch.allclose(log_probs.exp().flatten(2), weights.flatten(2).softmax(-1), atol=1e-5)

@@ -44,6 +44,11 @@ class Rollout:
     def __len__(self) -> int:
         return self.actions.shape[0]
 
+    def split(self) -> list[Rollout]:
+        """A rollout of each profile."""
+        parts = zip(*(getattr(self.inputs, f.name).split(1) for f in fields(Inputs)), strict=True)
+        return [Rollout(Inputs(*part), actions) for part, actions in zip(parts, self.actions.split(1), strict=True)]
+
     @staticmethod
     def join(rollouts: list[Rollout]) -> Rollout:
         """One rollout of all profiles, in order."""

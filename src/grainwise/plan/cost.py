@@ -9,11 +9,10 @@ import numpy as np
 
 from grainwise.plan.choices import PRECISIONS, STRUCTURES, UNCOMPRESSED, Entry, numbers_of
 from grainwise.plan.layers import Coupling, Geometry, Layer
-from grainwise.plan.prices import COSTS, Cost, Numbers, PackedPrices, Prices, Signature
+from grainwise.plan.prices import COSTS, Cost, Numbers, PackedPrices, Prices
 from grainwise.plan.shapes import stage_macs, stages
 from grainwise.plan.space import Mask, SearchSpace, narrows, units_left
 
-_REMEMBERED = 20_000  # tables of shared costs
 _NOTHING: Cost = np.zeros((len(STRUCTURES), len(PRECISIONS), len(COSTS)))
 
 Widths = Mapping[str, int]
@@ -48,7 +47,6 @@ class CostModel:
         self._other_groups = self._grouped_others()
         self._other_sizes: dict[tuple[int, ...], float] = {}
         self._fixed: dict[frozenset[tuple[str, int]], Cost] = {}
-        self._shared: dict[tuple[int, Signature], Cost] = {}
         self.revisions: dict[Hashable, Cost] = {}  # what drafts have computed, by what it depends on
 
     def _layer_cuts(self, layer: Layer) -> tuple[tuple[str, bool, int], ...]:
@@ -190,20 +188,10 @@ class CostModel:
         found = self.prices.shared
         return np.zeros(len(COSTS)) if found is None else found.of(numbers)
 
-    def shared_table(self, index: int, numbers: Numbers, signature: Signature | None = None) -> Cost:
-        """`[S, P, 3]`, read-only: shared cost of the profile with each entry in the place of layer `index`'s.
-
-        signature: of the layer in this profile, when it is known already.
-        """
+    def shared_table(self, index: int, numbers: Numbers) -> Cost:
+        """`[S, P, 3]` shared cost of the profile with each entry in the place of layer `index`'s."""
         found = self.prices.shared
-        if found is None:
-            return _NOTHING
-        key = index, found.signatures(numbers)[index] if signature is None else signature
-        if key not in self._shared:
-            if len(self._shared) > _REMEMBERED:
-                self._shared.clear()
-            self._shared[key] = found.table(index, numbers)
-        return self._shared[key]
+        return _NOTHING if found is None else found.tables(numbers, [index])[0]
 
     def total(self, entries: Mapping[str, Entry]) -> Cost:
         """`[3]` cost of a whole profile; layers that it does not name stay uncompressed."""

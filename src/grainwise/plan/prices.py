@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from types import MappingProxyType
 from typing import Protocol
@@ -26,9 +27,6 @@ SIZE, MACS, LATENCY = range(3)
 
 Numbers = Sequence[tuple[int, int]]
 """Structure and precision number of each layer."""
-
-Signature = tuple[bytes, frozenset[int]]
-"""Of what a layer's neighbours share: parts of the file that they need, and those that run in static 8 bits."""
 
 _NONE: Mapping[int, Sequence[int]] = MappingProxyType({})
 
@@ -54,30 +52,37 @@ class Shared:
         needed = np.logical_or.reduce([self.parts[index][found] for index, found in enumerate(numbers)], axis=0)
         return np.array([self.part_bytes @ needed, 0.0, 0.0]) + self.boundary(self._static(numbers))
 
-    def table(self, index: int, numbers: Numbers) -> NDArray[np.float64]:
-        """`[S, P, 3]` shared cost of the profile with each entry in the place of layer `index`'s."""
-        others = [self.parts[i][found] for i, found in enumerate(numbers) if i != index]
-        needed = np.logical_or.reduce(others, axis=0) if others else np.zeros(len(self.part_bytes), dtype=bool)
-        table = np.zeros((*self.static.shape[1:], 3))
-        table[..., SIZE] = self.part_bytes @ needed + self.parts[index] @ np.where(needed, 0.0, self.part_bytes)
-        around = self._static(numbers) - {index}
-        without, within = self.boundary(around), self.boundary(around | {index})
-        return table + np.where(self.static[index][..., None], within, without)
+    def tables(
+        self, numbers: Numbers, of: Sequence[int] | None = None, plain: Mapping[int, Sequence[int]] = _NONE
+    ) -> NDArray[np.float64]:
+        """`[N, S, P, 3]` shared cost of the profile with each entry in the place of one layer's.
 
-    def signatures(self, numbers: Numbers, plain: Mapping[int, Sequence[int]] = _NONE) -> list[Signature]:
-        """For each layer: equal for profiles in which its `table` is the same.
-
-        plain: for some layers the others that count as without structure.
+        of: numbers of the N layers, by default all. plain: for some layers the others that count as without structure.
         """
         layers, (s, p) = np.arange(len(numbers)), np.array(numbers).T
-        needs = self.parts[layers, s, p].astype(np.int64)
-        others = needs.sum(axis=0) - needs
-        static = frozenset(np.flatnonzero(self.static[layers, s, p]).tolist())
-        around = [static - {index} for index in layers.tolist()]
-        for index, changed in plain.items():
-            others[index] += (self.parts[changed, 0, p[changed]] - needs[changed]).sum(axis=0)
-            around[index] = around[index].difference(changed).union(i for i in changed if self.static[i, 0, p[i]])
-        return [(needed.tobytes(), found) for needed, found in zip(others > 0, around, strict=True)]
+        needs, runs = self.parts[layers, s, p].astype(np.int64), self.static[layers, s, p]
+        total, static = needs.sum(axis=0), frozenset(np.flatnonzero(runs).tolist())
+        rows = layers if of is None else np.array(of)
+        others, around = total - needs[rows], [static - {index} for index in rows.tolist()]
+        for row, index in enumerate(rows.tolist()):
+            if changed := plain.get(index):
+                others[row] += (self.parts[changed, 0, p[changed]] - needs[changed]).sum(axis=0)
+                around[row] = around[row].difference(changed).union(i for i in changed if self.static[i, 0, p[i]])
+        paid = others > 0
+        sets, which = self._sets
+        added = np.where(paid, 0.0, self.part_bytes) @ sets.T  # [N, sets]
+        without = np.array([self.boundary(found) for found in around])
+        within = np.array([self.boundary(found | {index}) for found, index in zip(around, rows.tolist(), strict=True)])
+        tables = np.where(self.static[rows][..., None], within[:, None, None], without[:, None, None])
+        owners = np.arange(len(rows))[:, None, None]
+        tables[..., SIZE] += (paid @ self.part_bytes)[:, None, None] + added[owners, which[rows]]
+        return tables
+
+    @cached_property
+    def _sets(self) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        """The different sets of parts that entries need, `[sets, K]`, and the number of each entry's, `[L, S, P]`."""
+        sets, which = np.unique(self.parts.reshape(-1, len(self.part_bytes)), axis=0, return_inverse=True)
+        return sets.astype(np.float64), which.reshape(self.static.shape)
 
     def _static(self, numbers: Numbers) -> frozenset[int]:
         return frozenset(index for index, found in enumerate(numbers) if self.static[index][found])

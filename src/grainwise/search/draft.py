@@ -57,14 +57,11 @@ class Draft:
 
     def _shared_changes(self, shared: Shared) -> NDArray[np.float64]:
         """`[L, S, P, 3]` change of what the entries share."""
-        signatures = shared.signatures(self.numbers)
-        tables = np.stack([self.cost.shared_table(i, self.numbers, found) for i, found in enumerate(signatures)])
+        tables = shared.tables(self.numbers)
         if stripped := self.stripped():
-            signatures = shared.signatures(self.numbers, stripped)
-            for index, others in stripped.items():
-                numbers = [(0, p) if i in others else (s, p) for i, (s, p) in enumerate(self.numbers)]
-                students = self.cost.shared_table(index, numbers, signatures[index])
-                tables[index, BLOCK_STUDENTS] = students[list(BLOCK_STUDENTS)]
+            students = shared.tables(self.numbers, list(stripped), stripped)
+            for index, table in zip(stripped, students, strict=True):
+                tables[index, BLOCK_STUDENTS] = table[list(BLOCK_STUDENTS)]
         tables -= shared.of(self.numbers)
         return tables
 

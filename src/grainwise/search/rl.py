@@ -239,18 +239,18 @@ class ControllerSearcher:
     def _remember(self, trials: Sequence[Trial]) -> list[_Memory]:
         if not trials:
             return []
-        rollouts = [self._retrace(trial.entries) for trial in trials]
+        rollout = self._retrace([trial.entries for trial in trials])
         with torch.no_grad():
-            log_probs = self.trainer.controller.evaluate(Rollout.join(rollouts))[0]
+            log_probs = self.trainer.controller.evaluate(rollout)[0]
         new = [
             _Memory(
                 key_of(self._projection, trial.entries),
                 math.nan if trial.reward is None else float(trial.reward),
                 math.nan if trial.measurement is None else trial.measurement.divergence,
-                rollout,
+                one,
                 row[None],
             )
-            for trial, rollout, row in zip(trials, rollouts, log_probs, strict=True)
+            for trial, one, row in zip(trials, rollout.split(), log_probs, strict=True)
         ]
         self._memory += new
         return new
@@ -264,20 +264,20 @@ class ControllerSearcher:
             advantages[: len(trials)] = per_layer_credit(prefix, 1.0)  # the uncompressed network keeps all quality
         return advantages
 
-    def _retrace(self, entries: Mapping[str, Entry]) -> Rollout:
-        """A whole profile as the rollout that the controller would have made; its entries are never masked."""
-        walk, seen = Walk(self._projection), []
-        actions: list[int] = []
+    def _retrace(self, profiles: Sequence[Mapping[str, Entry]]) -> Rollout:
+        """Whole profiles as the rollout that the controller would have made; their entries are never masked."""
+        walks, seen = [Walk(self._projection) for _ in profiles], []
+        actions: list[list[int]] = []
         for layer in self._projection.space.layers:
-            entry = entries[layer.name]
-            mask = walk.allowed() if self.config.projected else walk.legal()
-            mask[numbers_of(entry)] = True
-            seen.append(self.inputs([walk], mask[None], actions[-1:] or [_S * _P]))
-            s, p = numbers_of(entry)
-            actions.append(s * _P + p)
-            walk.take(entry)
+            taken = [entries[layer.name] for entries in profiles]
+            mask = np.stack([walk.allowed() if self.config.projected else walk.legal() for walk in walks])
+            mask[(range(len(walks)), *zip(*map(numbers_of, taken), strict=True))] = True
+            seen.append(self.inputs(walks, mask, actions[-1] if actions else [_S * _P] * len(walks)))
+            actions.append([_flat(entry) for entry in taken])
+            for walk, entry in zip(walks, taken, strict=True):
+                walk.take(entry)
         joined = {name: torch.cat([getattr(i, name) for i in seen], dim=1) for name in Inputs.__dataclass_fields__}
-        return Rollout(Inputs(**joined), torch.tensor([actions]))
+        return Rollout(Inputs(**joined), torch.tensor(actions).T)
 
     def inputs(self, walks: Sequence[Walk], mask: NDArray[np.bool_], previous: Sequence[int]) -> Inputs:
         """What the controller sees at the walks' current layer, with L = 1. mask: `[N, S, P]`."""
@@ -320,11 +320,11 @@ class ControllerSearcher:
         self._memory = []
         if "replay.keys" in tensors:
             columns = (tensors[f"replay.{name}"] for name in ("keys", "rewards", "divergences", "dynamic", "log_probs"))
-            for key, reward, divergence, dynamic, row in zip(*columns, strict=True):
-                numbers = tuple(key.tolist())
-                rollout = self._retrace(entries_of(self._projection, numbers))
-                rollout = replace(rollout, inputs=replace(rollout.inputs, dynamic=dynamic[None]))
-                self._memory.append(_Memory(numbers, reward.item(), divergence.item(), rollout, row[None]))
+            keys, rewards, divergences, dynamic, log_probs = columns
+            rollout = self._retrace([entries_of(self._projection, key) for key in keys.tolist()])
+            rollout = replace(rollout, inputs=replace(rollout.inputs, dynamic=dynamic))
+            rows = zip(keys.tolist(), rewards.tolist(), divergences.tolist(), rollout.split(), log_probs, strict=True)
+            self._memory = [_Memory(tuple(key), *figures, row[None]) for key, *figures, row in rows]
         self._seen.update(m.key for m in self._memory)
         self._believe()
 
