@@ -46,8 +46,10 @@ class Rollout:
 
     def split(self) -> list[Rollout]:
         """A rollout of each profile."""
-        parts = zip(*(getattr(self.inputs, f.name).split(1) for f in fields(Inputs)), strict=True)
-        return [Rollout(Inputs(*part), actions) for part, actions in zip(parts, self.actions.split(1), strict=True)]
+        parts = zip(*(torch.split(getattr(self.inputs, f.name), 1) for f in fields(Inputs)), strict=True)
+        return [
+            Rollout(Inputs(*part), actions) for part, actions in zip(parts, torch.split(self.actions, 1), strict=True)
+        ]
 
     @staticmethod
     def join(rollouts: list[Rollout]) -> Rollout:

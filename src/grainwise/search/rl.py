@@ -111,6 +111,8 @@ class ControllerSearcher:
         self._seen: set[Key] = set()
         self._memory: list[_Memory] = []
         self._told = 0
+        self._solution: Key = ()  # of the programme, at scores that `_solved_at` trials had corrected
+        self._solved_at = 0
 
     # -- proposing
 
@@ -137,7 +139,11 @@ class ControllerSearcher:
         keys, divergences = [m.key for m in measured], [m.divergence for m in measured]
         cost = self._projection.cost
         parents = [Draft(cost, entries_of(self._projection, m.key)) for m in elite]
-        solution = Draft(cost, self._programme.solve(self._prior.scores, self._prior.improved(parents[0])))
+        if self._told >= 2 * self._solved_at:  # scores move less and less, and solving takes longest
+            solved = self._programme.solve(self._prior.scores, self._prior.improved(parents[0]))
+            self._solution, self._solved_at = key_of(self._projection, solved), self._told
+        anchor = Draft(cost, entries_of(self._projection, self._solution))
+        solution = Draft(cost, self._prior.improved(anchor))
         proposals = []
         for number in range(_TRIES * count):
             found, source = solution.entries(), "programme"
@@ -310,21 +316,26 @@ class ControllerSearcher:
             tensors["replay.dynamic"] = torch.cat([m.rollout.inputs.dynamic for m in self._memory])
             tensors["replay.log_probs"] = torch.cat([m.log_probs for m in self._memory])
         body = {"trainer": trainer, "rng": self._rng.bit_generator.state, "told": self._told}
+        body |= {"solution": self._solution, "solved_at": self._solved_at}
         return tensors, {**body, "seen": sorted(self._seen - {m.key for m in self._memory})}
 
     def restore(self, tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
         self.trainer.restore(tensors, body["trainer"])
         self._rng.bit_generator.state = body["rng"]
         self._told = int(body["told"])
+        self._solution, self._solved_at = tuple(body["solution"]), int(body["solved_at"])
         self._seen = {tuple(key) for key in body["seen"]}
         self._memory = []
         if "replay.keys" in tensors:
-            columns = (tensors[f"replay.{name}"] for name in ("keys", "rewards", "divergences", "dynamic", "log_probs"))
-            keys, rewards, divergences, dynamic, log_probs = columns
+            names = ("keys", "rewards", "divergences", "dynamic", "log_probs")
+            keys, rewards, divergences, dynamic, log_probs = (tensors[f"replay.{name}"] for name in names)
             rollout = self._retrace([entries_of(self._projection, key) for key in keys.tolist()])
             rollout = replace(rollout, inputs=replace(rollout.inputs, dynamic=dynamic))
-            rows = zip(keys.tolist(), rewards.tolist(), divergences.tolist(), rollout.split(), log_probs, strict=True)
-            self._memory = [_Memory(tuple(key), *figures, row[None]) for key, *figures, row in rows]
+            figures = zip(keys.tolist(), rewards.tolist(), divergences.tolist(), strict=True)
+            self._memory = [
+                _Memory(tuple(key), reward, divergence, one, row[None])
+                for (key, reward, divergence), one, row in zip(figures, rollout.split(), log_probs, strict=True)
+            ]
         self._seen.update(m.key for m in self._memory)
         self._believe()
 
