@@ -63,6 +63,7 @@ class SearcherContract:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         cut = self.make(problem, 99)
         cut.restore(tensors, json.loads(json.dumps(body)))
+        assert json.dumps(cut.state()[1], sort_keys=True) == json.dumps(body, sort_keys=True)
         for _ in range(3):
             assert _keys(self.round(problem, uncut)) == _keys(self.round(problem, cut))
 
