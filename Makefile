@@ -15,7 +15,7 @@ $(READY): pyproject.toml
 demo: $(READY)
 	mkdir -p out && rm -f out/demo.db out/demo.db-*
 	$(BIN)/grainwise search --model examples.demo:model --data examples.demo:data --size 0.125 --accuracy-drop 0.005 \
-		--budget 200 --study demo --store sqlite:///out/demo.db --out out/demo --threads 1
+		--budget 150 --study demo --store sqlite:///out/demo.db --out out/demo --threads 1
 
 verify-demo: $(READY)
 	$(BIN)/grainwise verify out/demo --model examples.demo:model --data examples.demo:data --json
