@@ -1,17 +1,21 @@
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from grainwise.controller.network import Inputs
+from grainwise.plan.choices import Entry
 from grainwise.search.baselines import EvolutionSearcher, RandomSearcher
 from grainwise.search.draft import Draft
 from grainwise.search.local import score_of
 from grainwise.search.prior import Prior, finite_scores
 from grainwise.search.programme import Programme
-from grainwise.search.rl import ControllerConfig, ControllerSearcher
+from grainwise.search.rl import ControllerConfig, ControllerSearcher, _Lockstep
 from grainwise.search.searcher import Searcher
+from grainwise.search.walks import entries_of, sample
 from tests.search.searcher_contract import SearcherContract
 from tests.search.synthetic import Bed, bed, best_divergence, run
 
@@ -83,6 +87,39 @@ def test_the_next_batch_holds_the_solution_of_what_the_measurements_taught(probl
     solved = next(proposal for proposal in made.ask(16) if proposal.source == "programme")
     new, old = (score_of(Draft(cost, one.entries), made._prior.scores) for one in (solved, first))
     assert new < old
+
+
+def test_the_programme_is_solved_again_when_as_many_trials_again_were_told(
+    problem: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, solved = searcher(problem), []
+    solve = made._programme.solve
+
+    def spied(*given: Any) -> dict[str, Entry]:
+        solved.append(made._told)
+        return solve(*given)
+
+    monkeypatch.setattr(made._programme, "solve", spied)
+    run(problem, made, 24, batch=4)
+    assert solved == [4, 8, 16]
+
+
+def test_the_controller_learns_from_what_it_saw_when_it_chose(problem: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = searcher(problem), []
+    run(problem, made, 16)
+    inputs = made.inputs
+
+    def spied(*given: Any) -> Inputs:
+        seen.append(inputs(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(made, "inputs", spied)
+    drawn = sample(problem.projection, 3, _Lockstep(made), np.random.default_rng(0))
+    monkeypatch.undo()
+    rollout = made._retrace(drawn)
+    for name in Inputs.__dataclass_fields__:
+        assert torch.equal(getattr(rollout.inputs, name), torch.cat([getattr(one, name) for one in seen], dim=1)), name
+    assert [entries_of(problem.projection, key) for key in rollout.actions.tolist()] == drawn
 
 
 def test_an_untrained_policy_is_the_prior(problem: Bed) -> None:
