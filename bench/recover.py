@@ -1,6 +1,6 @@
 """What recovery wins back: ResNet-20 on CIFAR-10, compressed hard by a short search, then fine-tuned.
 
-    python -m bench.recover [TASK ...] [--seeds N] [--epochs N]
+    python -m bench.recover [TASK ...] [--seeds N ...] [--epochs N]
 
 The start of a task is one search; seeds are of the training data's order and augmentation. Artefacts and checkpoints
 lie in out/bench-recover/, rows in bench/results/recover.json, written as soon as they are made: a run that was cut, or
@@ -28,7 +28,7 @@ from grainwise.evaluate.timing import device_name
 from grainwise.export.artefact import load
 from grainwise.leaders import choose
 from grainwise.recover.checkpoint import Checkpoint
-from grainwise.recover.options import RecoverOptions, training_budget
+from grainwise.recover.options import STANDARD, RecoverOptions, training_budget
 from grainwise.search.driver import Budget, search
 from grainwise.session import Session
 from grainwise.store.studies import Store
@@ -36,20 +36,24 @@ from grainwise.store.studies import Store
 RESULTS = Path(__file__).parent / "results" / "recover.json"
 FILES = Path("out") / "bench-recover"
 BATCH = 64  # pictures: an epoch of `size` ends at a divergence of 0.060, in batches of 128 at 0.065
-EVALUATIONS = 120  # of the controller: for MACs it starts at a divergence of 0.032, the additive searcher at 0.042
+EVALUATIONS = 240  # of the controller
+SEARCH = 2048  # pictures: by 256 an epoch cannot be chosen, their divergence swings by a factor of two
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """constraints: of the search. epochs: of all training pictures. most: drop in points that is asked for."""
+    """constraints: of the search. epochs: of all training pictures. most: drop in points that is asked for. rate: peak
+    of the learning rate.
+    """
 
     constraints: Mapping[str, float]
     epochs: int
     most: float
+    rate: float = STANDARD.learning_rate
 
 
 TASKS = {
-    "size": Task({"size": 1 / 16}, 10, 1.0),
+    "size": Task({"size": 1 / 16}, 12, 1.0, rate=2.5e-3),
     "macs": Task({"macs": 0.5}, 1, 1.5),
 }
 
@@ -63,7 +67,7 @@ class Bench:
 
     @cached_property
     def session(self) -> Session:
-        return Session.prepare(resnet20.pretrained(), cifar10.splits())
+        return Session.prepare(resnet20.pretrained(), cifar10.splits(search=SEARCH))
 
     def start(self, name: str) -> Path:
         """The artefact of a task's search, made when it is not there."""
@@ -103,7 +107,7 @@ class Bench:
             artefact.profile.entries,
             cifar10.Training(size=BATCH),
             budget=training_budget(epochs, None),
-            options=RecoverOptions(seed=seed),
+            options=RecoverOptions(seed=seed, learning_rate=TASKS[name].rate),
             folder=folder,
             resume=Checkpoint.exists(folder),
             watch=_print_progress,
@@ -124,7 +128,7 @@ def _print_progress(done: int, total: int, note: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("tasks", nargs="*", default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="of all training pictures; the task's own number otherwise")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--files", type=Path, default=FILES)
@@ -135,7 +139,7 @@ def main() -> None:
     bench = Bench(arguments.files, Kept(arguments.out))
     for name in arguments.tasks:
         task = TASKS[name]
-        for seed in range(arguments.seeds):
+        for seed in arguments.seeds:
             row = bench.row(name, seed, arguments.epochs or task.epochs)
             print(json.dumps({key: row["after"][key] for key in ("accuracy", "size_bytes", "macs")}), flush=True)
         bench.kept.update(

@@ -128,8 +128,9 @@ class Training:
             yield augment(normalise(self._images[chosen.numpy()])), self._labels[chosen]
 
 
-def splits() -> Data:
-    part = parts(calibration=CALIBRATION, search=SEARCH, test=TEST)
+def splits(search: int = SEARCH) -> Data:
+    """search: how many pictures of it, at most HELD_OUT."""
+    part = parts(calibration=CALIBRATION, search=search, test=TEST)
     return Data(
         calibration=batches(*part["calibration"], 128),
         search=batches(*part["search"], 128),

@@ -205,8 +205,20 @@ def test_the_start_is_kept_where_nothing_is_better() -> None:
     case = Case.of(PLANS["int8"])
     before = fingerprint(case.network)
     found = case.recover(epochs=10, options=RecoverOptions(learning_rate=1.0, warm_up=0, patience=2))
-    assert found.best == 0 and found.epochs == 2  # stopped early
+    assert found.best == 0 and found.epochs < 10  # stopped early
     assert fingerprint(case.network) == before
+
+
+@pytest.mark.parametrize(("better", "epochs"), [((), 7), ((3,), 7), ((3, 6), 8), ((7, 8), 10), ((7, 10), 9)])
+def test_patience_begins_at_half_of_the_steps_and_anew_with_each_better_state(
+    better: tuple[int, ...], epochs: int
+) -> None:
+    """Of ten epochs; better: those that lower the divergence."""
+    divergences = iter([1.0, *(1 - 0.01 * epoch if epoch in better else 2.0 for epoch in range(1, 11))])
+    case = Case.of(PLANS["int8"])
+    options = RecoverOptions(patience=2)
+    found = case.recover(epochs=10, options=options, measure=lambda network: Measurement(0.5, next(divergences), 1, 1))
+    assert found.epochs == epochs
 
 
 @pytest.mark.parametrize(("after", "best"), [((1.2, 1.0, 1.1), 0), ((1.1, 0.99, 0.995), 2), ((0.5, 0.9, 0.4), 3)])

@@ -22,7 +22,8 @@ class RecoverOptions:
     feature_weight: float = 1.0
     """Of the values inside the network, beside the outputs' loss; 0 switches them off."""
     patience: int = 5
-    """Epochs without a lower divergence on the search split, after which training stops early."""
+    """Epochs without a lower divergence on the search split, after which training stops early; those of the first half
+    of the steps do not count."""
     seed: int = 0
     """Of the order and augmentation of the training data."""
     checkpoint_seconds: float = 30.0

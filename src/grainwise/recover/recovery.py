@@ -210,8 +210,12 @@ class _Run:
         return (at.total is not None and at.step >= at.total) or (minutes is not None and at.seconds >= 60 * minutes)
 
     def _over(self) -> bool:
+        """True as well when patience is out. It begins at half of the steps: while the learning rate is high the
+        divergence swings, and it falls as the rate does.
+        """
         at = self._at
-        return self._spent() or len(at.scores) - 1 - at.best >= self._options.patience
+        since = max(at.scores[at.best]["step"], (at.total or 0) / 2)
+        return self._spent() or sum(score["step"] > since for score in at.scores) >= self._options.patience
 
     def finish(self) -> Recovered:
         """Leave the network as the best one seen."""
