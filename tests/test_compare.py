@@ -101,7 +101,10 @@ def test_what_a_run_says_is_what_its_trials_say(prepared: gw.Session, store: Sto
     assert run["score_passes"] == body["scores"]["kl"]["passes"] == choices
     parts = run["score_seconds"] + run["searcher_seconds"] + run["evaluation_seconds"]
     assert run["seconds"] == pytest.approx(parts)
-    assert 0 < run["best"]["seconds"] <= run["seconds"] + 1e-9
+    seconds = run["seconds_curve"]
+    assert seconds == sorted(seconds) and seconds[-1] == run["seconds"]
+    assert seconds[0] > run["score_seconds"] + trials[0].seconds  # the searcher's own time too
+    assert run["best"]["seconds"] == seconds[run["best"]["trial"]]
 
 
 def test_a_comparison_that_goes_on_keeps_the_milliseconds_it_was_begun_with(

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from math import ceil
 from typing import Any
 
@@ -157,7 +158,8 @@ class _Bench:
         found = _figures(options, trials, clock, budgets, scores)
         if (leader := best(trials, budgets)) is not None:
             final = self._kept(f"{name}/result", {}, lambda: _final(self.session, leader, budgets))
-            found["best"] = {**_time_to(leader, trials, clock, scores), **final}
+            place = {"trial": leader.number, "source": leader.source}
+            found["best"] = {**place, "seconds": found["seconds_curve"][leader.number], **final}
         return found
 
     def _search(
@@ -244,7 +246,8 @@ def _figures(
     """What is reported of a run that has ended."""
     leaders = [best(trials[: count + 1], budgets) for count in range(len(trials))]
     measured = [None if found is None else found.measurement for found in leaders]
-    searching, evaluating = clock[-1][1], sum(trial.seconds for trial in trials)
+    scoring, searching = scores.get("seconds", 0.0), clock[-1][1]
+    evaluating = list(accumulate(trial.seconds for trial in trials))
     return {
         "searcher": options.searcher,
         "seed": options.seed,
@@ -252,21 +255,19 @@ def _figures(
         "failures": sum(trial.measurement is None for trial in trials),
         "within_budgets": sum(t.measurement is not None and meets(t.measurement, budgets) for t in trials),
         "score_passes": scores.get("passes", 0),
-        "score_seconds": scores.get("seconds", 0.0),
+        "score_seconds": scoring,
         "searcher_seconds": searching,
-        "evaluation_seconds": evaluating,
-        "seconds": scores.get("seconds", 0.0) + searching + evaluating,
+        "evaluation_seconds": evaluating[-1],
+        "seconds": scoring + searching + evaluating[-1],
+        "seconds_curve": [scoring + _searched(clock, number) + seconds for number, seconds in enumerate(evaluating)],
         "divergence_curve": [None if m is None else m.divergence for m in measured],
         "metric_curve": [None if m is None else m.metric for m in measured],
     }
 
 
-def _time_to(leader: Trial, trials: Sequence[Trial], clock: Clock, scores: Mapping[str, Any]) -> dict[str, Any]:
-    """seconds: of scores, searcher (until the end of the batch) and evaluations, until the trial was measured."""
-    searching = next(seconds for told, seconds in clock if told > leader.number)
-    evaluating = sum(trial.seconds for trial in trials[: leader.number + 1])
-    seconds = scores.get("seconds", 0.0) + searching + evaluating
-    return {"trial": leader.number, "source": leader.source, "seconds": seconds}
+def _searched(clock: Clock, number: int) -> float:
+    """Seconds of the searcher until the end of the batch that a trial was told in."""
+    return next(seconds for told, seconds in clock if told > number)
 
 
 def _final(session: Session, leader: Trial, budgets: Mapping[str, float]) -> dict[str, Any]:
