@@ -8,14 +8,15 @@ import torch
 
 from grainwise.controller.network import Inputs
 from grainwise.plan.choices import Entry
+from grainwise.search import rl
 from grainwise.search.baselines import EvolutionSearcher, RandomSearcher
 from grainwise.search.draft import Draft
-from grainwise.search.local import score_of
+from grainwise.search.local import exchange, score_of
 from grainwise.search.prior import Prior, finite_scores
 from grainwise.search.programme import Programme
 from grainwise.search.rl import ControllerConfig, ControllerSearcher, _Lockstep
 from grainwise.search.searcher import Searcher
-from grainwise.search.walks import entries_of, sample
+from grainwise.search.walks import entries_of, key_of, sample
 from tests.search.searcher_contract import SearcherContract
 from tests.search.synthetic import Bed, bed, best_divergence, run
 
@@ -75,6 +76,29 @@ def test_a_share_of_each_batch_solves_sampled_scores(problem: Bed, share: float,
     for proposal in solved:
         problem.projection.space.check(proposal.entries)
         assert (problem.projection.cost.total(proposal.entries) <= problem.projection.budget).all()
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.0, 0), (0.5, 8)])
+def test_a_share_of_the_others_are_neighbours_of_the_best_by_the_corrected_scores(
+    problem: Bed, share: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = searcher(problem, sampled=0.0, exchanged=share, elite=1)
+    run(problem, made, 32)
+    (parent,) = made._elite()
+
+    def spied(projection: Any, entries: Any, scores: Any, rng: Any) -> dict[str, Entry] | None:
+        assert key_of(projection, entries) == parent.key and scores is made._prior.scores
+        return exchange(projection, entries, scores, rng)
+
+    monkeypatch.setattr(rl, "exchange", spied)
+    proposals = made.ask(16)
+    found = [key_of(problem.projection, p.entries) for p in proposals if p.source == "neighbour"]
+    assert len(proposals) == 16 and len({tuple(p.entries.items()) for p in proposals}) == 16
+    assert most // 2 <= len(found) <= most
+    for key in found:
+        entries = entries_of(problem.projection, key)
+        problem.projection.space.check(entries)
+        assert (problem.projection.cost.total(entries) <= problem.projection.budget).all()
 
 
 def test_the_next_batch_holds_the_solution_of_what_the_measurements_taught(problem: Bed) -> None:

@@ -23,6 +23,7 @@ from grainwise.plan.prices import COSTS
 from grainwise.plan.projection import Projection, Walk
 from grainwise.search.beliefs import posterior
 from grainwise.search.draft import Draft
+from grainwise.search.local import exchange
 from grainwise.search.prior import finite_scores
 from grainwise.search.programme import Programme, solved_prior
 from grainwise.search.searcher import Proposal, State
@@ -61,6 +62,8 @@ class ControllerConfig:
     sampled: float = 0.5
     """Share of the proposals that solve corrected and sampled scores, at most, once there are measurements; the
     controller makes the others."""
+    exchanged: float = 0.5
+    """Share of the others that are neighbours of elite profiles by the corrected scores, at most."""
     elite: int = 16
     """Best trials that the policy imitates and, later, samples around."""
     replay: int = 16
@@ -124,6 +127,7 @@ class ControllerSearcher:
                 self._seen.add(key_of(self._projection, first))
                 proposals.append(Proposal(first, "prior"))
         proposals += self._sampled(round(self.config.sampled * (count - len(proposals))))
+        proposals += self._neighbours(round(self.config.exchanged * (count - len(proposals))))
         missing, projected = count - len(proposals), self.config.projected
         new = distinct(self._projection, missing, self._draw, self._seen, self._rng, projected=projected)
         return proposals + [Proposal(entries, "controller") for entries in new]
@@ -156,6 +160,24 @@ class ControllerSearcher:
             if key not in self._seen:
                 self._seen.add(key)
                 proposals.append(Proposal(found, source))
+            if len(proposals) == count:
+                break
+        return proposals
+
+    def _neighbours(self, count: int) -> list[Proposal]:
+        """Up to `count` new profiles: one entry of an elite profile changed, the others solved around it."""
+        elite = self._elite()
+        if count < 1 or not elite or self._sensitivity is None or not self.config.learn_scores:
+            return []
+        proposals = []
+        for _ in range(_TRIES * count):
+            parent = elite[min(len(elite) - 1, int(self._rng.exponential(_PARENTS)))]
+            entries = entries_of(self._projection, parent.key)
+            found = exchange(self._projection, entries, self._prior.scores, self._rng)
+            if found is None or (key := key_of(self._projection, found)) in self._seen:
+                continue
+            self._seen.add(key)
+            proposals.append(Proposal(found, "neighbour"))
             if len(proposals) == count:
                 break
         return proposals
