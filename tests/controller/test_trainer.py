@@ -42,6 +42,20 @@ def test_steps_reproduce_the_teacher_forced_log_probabilities() -> None:
     assert (entropies >= 0).all() and entropies.isfinite().all()
 
 
+def test_entropies_average_to_that_of_the_joint_distribution() -> None:
+    trainer = PolicyTrainer(controller())
+    train(trainer, 3)
+    seen = rollout(7)
+    with torch.no_grad():
+        joint = trainer.controller(seen.inputs)[0][:, 0].flatten(1).exp()  # [N, S * P] of the first layer
+        mean = torch.zeros(N)
+        for action in range(S * P):
+            actions = seen.actions.clone()
+            actions[:, 0] = action
+            mean += joint[:, action] * trainer.controller.evaluate(Rollout(seen.inputs, actions))[1][:, 0]
+    assert torch.allclose(mean, torch.special.entr(joint).sum(1), atol=1e-4)
+
+
 @pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
 def test_a_rewarded_profile_becomes_likelier(algorithm: str) -> None:
     trainer = PolicyTrainer(controller(), TrainerConfig(algorithm=algorithm, entropy=0.0))  # type: ignore[arg-type]

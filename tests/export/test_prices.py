@@ -181,10 +181,10 @@ def test_shared_costs_by_hand() -> None:
     for (a, b), size in expected.items():
         numbers = [(a, 0), (b, 0)]
         assert shared.of(numbers).tolist() == [size, 0.0, 0.5]
-        tables = shared.tables(numbers)[:, :, 0, SIZE]
+        tables = shared.tables(numbers, [(0, ()), (1, ())])[:, :, 0, SIZE]
         assert tables.tolist() == [[expected[0, b], expected[1, b]], [expected[a, 0], expected[a, 1]]]
-        assert shared.tables(numbers, [1])[0, :, 0, SIZE].tolist() == tables[1].tolist()
-        plain = shared.tables(numbers, [0], {0: [1]})  # as if layer 1 were without structure
+        assert shared.tables(numbers, [(1, ())])[0, :, 0, SIZE].tolist() == tables[1].tolist()
+        plain = shared.tables(numbers, [(0, [1])])  # as if layer 1 were without structure
         assert plain[0, :, 0, SIZE].tolist() == [expected[0, 0], expected[1, 0]]
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from grainwise.search import beliefs
-from grainwise.search.beliefs import posterior
+from grainwise.search.beliefs import Beliefs
 from grainwise.study.sensitivity import Sensitivity
 
 PRIOR = Sensitivity(np.array([[0.0, 0.3], [0.0, 0.5]]), np.array([[0.0, 0.2] + [1.0] * 8, [0.0, 0.1] + [1.0] * 8]))
@@ -16,8 +16,8 @@ def _sum(table: Sensitivity) -> float:
 def _samples(keys: list[tuple[int, ...]], divergences: list[float], monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     for name, value in {"_ALL": 0.1, "_LAYER": 0.04, "_OWN": 0.08, "_NOISE": 0.05}.items():
         monkeypatch.setattr(beliefs, name, value)  # so small that no score is cut
-    rng = np.random.default_rng(0)
-    return np.array([_sum(posterior(PRIOR, keys, divergences, rng)) for _ in range(4000)])
+    rng, believed = np.random.default_rng(0), Beliefs(PRIOR, keys, divergences)
+    return np.array([_sum(believed.sample(rng)) for _ in range(4000)])
 
 
 def test_samples_without_trials_have_the_spread_of_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,13 +37,13 @@ def test_samples_after_a_trial_have_mean_and_variance_of_the_gaussian_posterior(
     gain = before / (before + noise)
     assert drawn.mean() == pytest.approx(1.0 + gain * 0.2, abs=0.004)
     assert drawn.var() == pytest.approx(before * noise / (before + noise), rel=0.08)
-    assert _sum(posterior(PRIOR, [KEY], [1.2])) == pytest.approx(1.0 + gain * 0.2)
+    assert _sum(Beliefs(PRIOR, [KEY], [1.2]).mean()) == pytest.approx(1.0 + gain * 0.2)
 
 
 def test_spread_draws_samples_nearer_to_the_mean() -> None:
-    mean = _sum(posterior(PRIOR, [KEY], [1.2]))
+    mean = _sum(Beliefs(PRIOR, [KEY], [1.2]).mean())
     far, near, none = (
-        _sum(posterior(PRIOR, [KEY], [1.2], np.random.default_rng(3), spread)) - mean for spread in (0.2, 0.1, 0.0)
+        _sum(Beliefs(PRIOR, [KEY], [1.2]).sample(np.random.default_rng(3), spread)) - mean for spread in (0.2, 0.1, 0.0)
     )
     assert abs(far) > 1e-3
     assert near == pytest.approx(far / 2)
@@ -53,6 +53,6 @@ def test_spread_draws_samples_nearer_to_the_mean() -> None:
 def test_samples_are_scores() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
-        table = posterior(PRIOR, [KEY], [0.01], rng)
+        table = Beliefs(PRIOR, [KEY], [0.01]).sample(rng)
         assert (table.structures[:, 0] == 0).all()
         assert table.structures[0, 1] >= 0.1 * 0.3

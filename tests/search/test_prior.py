@@ -3,7 +3,7 @@ import pytest
 
 from grainwise.plan.choices import entry_of
 from grainwise.plan.projection import Walk
-from grainwise.search.beliefs import posterior
+from grainwise.search.beliefs import Beliefs
 from grainwise.search.draft import Draft
 from grainwise.search.prior import Prior, cheapest, fill
 from grainwise.search.walks import key_of, sample, uniform
@@ -118,10 +118,12 @@ def test_beliefs_find_the_true_scores_of_an_additive_truth(problem: Bed) -> None
         pairs = [table.pairs(i) for i in range(len(space.layers))]
         return np.array([sum(pairs[i][divmod(a, 10)] for i, a in enumerate(key)) for key in keys])
 
-    learnt = posterior(wrong, keys[:150], sums(true)[:150])
+    learnt = Beliefs(wrong, keys[:150], sums(true)[:150]).mean()
     error = np.abs(sums(learnt) / sums(true) - 1)[150:].mean()
     assert error < 0.5 * np.abs(sums(wrong) / sums(true) - 1)[150:].mean()
 
 
 def test_beliefs_without_measurements_are_the_prior(problem: Bed) -> None:
-    assert posterior(problem.sensitivity, [], []) is problem.sensitivity
+    believed = Beliefs(problem.sensitivity, [], []).mean()
+    np.testing.assert_array_equal(believed.structures, problem.sensitivity.structures)
+    np.testing.assert_array_equal(believed.precisions, problem.sensitivity.precisions)

@@ -113,7 +113,7 @@ def test_the_next_batch_holds_the_solution_of_what_the_measurements_taught(probl
     assert new < old
 
 
-def test_the_programme_is_solved_again_when_as_many_trials_again_were_told(
+def test_the_programme_is_solved_again_when_four_times_as_many_trials_were_told(
     problem: Bed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, solved = searcher(problem), []
@@ -124,8 +124,8 @@ def test_the_programme_is_solved_again_when_as_many_trials_again_were_told(
         return solve(*given)
 
     monkeypatch.setattr(made._programme, "solve", spied)
-    run(problem, made, 24, batch=4)
-    assert solved == [4, 8, 16]
+    run(problem, made, 72, batch=4)
+    assert solved == [4, 16, 64]
 
 
 def test_the_controller_learns_from_what_it_saw_when_it_chose(problem: Bed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,11 +48,11 @@ def factory(path: str, what: str) -> Callable[..., Any]:
 
 
 def read_network(model: str, data: str, threads: int | None = None) -> tuple[Any, Any]:
-    """The network and the data that two `module:function` make, once torch has its number of threads."""
+    """The network and the data that two `module:function` make, once the number of threads is set."""
     if threads:
-        import torch
+        from grainwise.threads import limit_threads
 
-        torch.set_num_threads(threads)
+        limit_threads(threads)
     return factory(model, "the model")(), factory(data, "the data")()
 
 

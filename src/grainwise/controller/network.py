@@ -80,24 +80,9 @@ class Controller(nn.Module):
 
     def forward(self, inputs: Inputs, memory: Memory | None = None) -> tuple[Tensor, Memory]:
         """`[N, L, S, P]` log-probabilities of the entries (-inf where masked), and the memory after the last layer."""
-        structure = inputs.previous.div(_P, rounding_mode="floor")
-        precision = torch.where(structure == _S, _P, inputs.previous % _P)
-        seen = [inputs.static, inputs.dynamic, inputs.summary]
-        seen += [self.structure_memory(structure), self.precision_memory(precision)]
-        hidden, memory = self.lstm(torch.tanh(self.encoder(torch.cat(seen, dim=-1))), memory)
-        prior = torch.where(inputs.mask, inputs.prior, torch.full_like(inputs.prior, -1e9))
-        structures = tree_log_probs(
-            STRUCTURE_TREE,
-            *STRUCTURE_TREE.split(self.structure_head(hidden)),
-            prior.logsumexp(-1),
-            inputs.mask.any(-1),
-        )
+        hidden, memory = self._read(inputs, memory)
         given = torch.tanh(hidden[..., None, :] + self.chosen.weight)  # each structure, as if it were the chosen one
-        reachable = inputs.mask | ~inputs.mask.any(-1, keepdim=True)
-        precisions = tree_log_probs(
-            PRECISION_TREE, *PRECISION_TREE.split(self.precision_head(given)), inputs.prior, reachable
-        )
-        joint = structures[..., None] + precisions
+        joint = self._structures(hidden, inputs)[..., None] + self._precisions(given, inputs.prior, inputs.mask)
         return torch.where(inputs.mask, joint, torch.full_like(joint, -torch.inf)), memory
 
     @torch.no_grad()
@@ -107,8 +92,46 @@ class Controller(nn.Module):
         return log_probs[:, 0], memory
 
     def evaluate(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """`[N, L]` log-probabilities of the rollout's actions, and `[N, L]` entropies in nats."""
-        log_probs = self(rollout.inputs)[0].flatten(2)
-        chosen = log_probs.gather(-1, rollout.actions[..., None]).squeeze(-1)
-        finite = torch.where(torch.isfinite(log_probs), log_probs, torch.zeros_like(log_probs))
-        return chosen, -(log_probs.exp() * finite).sum(-1)
+        """`[N, L]` log-probabilities of the rollout's actions, and `[N, L]` entropies in nats: of the structure, and of
+        the precision given the structure that was taken, whose mean over the policy's actions is the joint entropy.
+        """
+        inputs, (structure, precision) = rollout.inputs, (rollout.actions // _P, rollout.actions % _P)
+        hidden, _ = self._read(inputs, None)
+        taken = structure[..., None, None].expand(*structure.shape, 1, _P)
+        given = torch.tanh(hidden + self.chosen(structure))
+        structures = self._structures(hidden, inputs)
+        precisions = self._precisions(
+            given, inputs.prior.gather(-2, taken).squeeze(-2), inputs.mask.gather(-2, taken).squeeze(-2)
+        )
+        log_probs = _of(structures, structure) + _of(precisions, precision)
+        return log_probs, _entropy(structures) + _entropy(precisions)
+
+    def _read(self, inputs: Inputs, memory: Memory | None) -> tuple[Tensor, Memory]:
+        """`[N, L, H]` what the LSTM makes of the layers until each, and its memory after the last."""
+        structure = inputs.previous.div(_P, rounding_mode="floor")
+        precision = torch.where(structure == _S, _P, inputs.previous % _P)
+        seen = [inputs.static, inputs.dynamic, inputs.summary]
+        seen += [self.structure_memory(structure), self.precision_memory(precision)]
+        found: tuple[Tensor, Memory] = self.lstm(torch.tanh(self.encoder(torch.cat(seen, dim=-1))), memory)
+        return found
+
+    def _structures(self, hidden: Tensor, inputs: Inputs) -> Tensor:
+        """`[N, L, S]` log-probabilities."""
+        prior = torch.where(inputs.mask, inputs.prior, torch.full_like(inputs.prior, -1e9)).logsumexp(-1)
+        logits = STRUCTURE_TREE.split(self.structure_head(hidden))
+        return tree_log_probs(STRUCTURE_TREE, *logits, prior, inputs.mask.any(-1))
+
+    def _precisions(self, given: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
+        """`[.., P]` log-probabilities once the structure is taken. given: `[.., H]`; prior, mask: `[.., P]`."""
+        reachable = mask | ~mask.any(-1, keepdim=True)
+        return tree_log_probs(PRECISION_TREE, *PRECISION_TREE.split(self.precision_head(given)), prior, reachable)
+
+
+def _of(log_probs: Tensor, actions: Tensor) -> Tensor:
+    """`[N, L]` log-probabilities of the actions taken."""
+    return log_probs.gather(-1, actions[..., None]).squeeze(-1)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    finite = torch.where(torch.isfinite(log_probs), log_probs, torch.zeros_like(log_probs))
+    return -(log_probs.exp() * finite).sum(-1)

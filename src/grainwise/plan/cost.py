@@ -191,7 +191,7 @@ class CostModel:
     def shared_table(self, index: int, numbers: Numbers) -> Cost:
         """`[S, P, 3]` shared cost of the profile with each entry in the place of layer `index`'s."""
         found = self.prices.shared
-        return _NOTHING if found is None else found.tables(numbers, [index])[0]
+        return _NOTHING if found is None else found.tables(numbers, [(index, ())])[0]
 
     def total(self, entries: Mapping[str, Entry]) -> Cost:
         """`[3]` cost of a whole profile; layers that it does not name stay uncompressed."""

@@ -5,11 +5,10 @@ Letters: L layers, S structures, P precisions, K shared parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +27,8 @@ SIZE, MACS, LATENCY = range(3)
 Numbers = Sequence[tuple[int, int]]
 """Structure and precision number of each layer."""
 
-_NONE: Mapping[int, Sequence[int]] = MappingProxyType({})
+Row = tuple[int, Sequence[int]]
+"""A layer that takes other entries, and other layers that lose their structure when it does."""
 
 Boundary = Callable[[frozenset[int]], Cost]
 """(numbers of the layers that run in static 8 bits) -> `[3]` cost of what converts between them and the others."""
@@ -52,37 +52,33 @@ class Shared:
         needed = np.logical_or.reduce([self.parts[index][found] for index, found in enumerate(numbers)], axis=0)
         return np.array([self.part_bytes @ needed, 0.0, 0.0]) + self.boundary(self._static(numbers))
 
-    def tables(
-        self, numbers: Numbers, of: Sequence[int] | None = None, plain: Mapping[int, Sequence[int]] = _NONE
-    ) -> NDArray[np.float64]:
-        """`[N, S, P, 3]` shared cost of the profile with each entry in the place of one layer's.
-
-        of: numbers of the N layers, by default all. plain: for some layers the others that count as without structure.
-        """
+    def tables(self, numbers: Numbers, rows: Sequence[Row]) -> NDArray[np.float64]:
+        """`[N, S, P, 3]` shared cost of the profile with each entry in the place of one layer's, for N rows."""
         layers, (s, p) = np.arange(len(numbers)), np.array(numbers).T
         needs, runs = self.parts[layers, s, p].astype(np.int64), self.static[layers, s, p]
-        total, static = needs.sum(axis=0), frozenset(np.flatnonzero(runs).tolist())
-        rows = layers if of is None else np.array(of)
-        others, around = total - needs[rows], [static - {index} for index in rows.tolist()]
-        for row, index in enumerate(rows.tolist()):
-            if changed := plain.get(index):
-                others[row] += (self.parts[changed, 0, p[changed]] - needs[changed]).sum(axis=0)
-                around[row] = around[row].difference(changed).union(i for i in changed if self.static[i, 0, p[i]])
-        paid = others > 0
-        sets, which = self._sets
+        owners, static = np.array([index for index, _ in rows]), frozenset(np.flatnonzero(runs).tolist())
+        others, ends = needs.sum(axis=0) - needs[owners], np.empty((2, len(rows), len(COSTS)))
+        lost, plain_runs = self.parts[layers, 0, p] - needs, self.static[layers, 0, p]
+        for row, (index, plain) in enumerate(rows):
+            around = static - {index}
+            if plain:
+                others[row] += lost[plain].sum(axis=0)
+                around = around.difference(plain).union(i for i in plain if plain_runs[i])
+            ends[:, row] = self.boundary(around), self.boundary(around | {index})
+        paid, (sets, which) = others > 0, self._sets
         added = np.where(paid, 0.0, self.part_bytes) @ sets.T  # [N, sets]
-        without = np.array([self.boundary(found) for found in around])
-        within = np.array([self.boundary(found | {index}) for found, index in zip(around, rows.tolist(), strict=True)])
-        tables = np.where(self.static[rows][..., None], within[:, None, None], without[:, None, None])
-        owners = np.arange(len(rows))[:, None, None]
-        tables[..., SIZE] += (paid @ self.part_bytes)[:, None, None] + added[owners, which[rows]]
-        return tables
+        runs = self.static[owners].reshape(len(rows), -1)
+        tables = np.zeros((*runs.shape, len(COSTS)))
+        for cost in np.flatnonzero(ends.any(axis=(0, 1))):  # one by one: along an axis of three numpy is slow
+            tables[..., cost] = np.where(runs, ends[1, :, cost, None], ends[0, :, cost, None])
+        tables[..., SIZE] += (paid @ self.part_bytes)[:, None] + np.take_along_axis(added, which[owners], axis=1)
+        return tables.reshape(len(rows), *self.static.shape[1:], len(COSTS))
 
     @cached_property
     def _sets(self) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-        """The different sets of parts that entries need, `[sets, K]`, and the number of each entry's, `[L, S, P]`."""
+        """The different sets of parts that entries need, `[sets, K]`, and the number of each entry's, `[L, S * P]`."""
         sets, which = np.unique(self.parts.reshape(-1, len(self.part_bytes)), axis=0, return_inverse=True)
-        return sets.astype(np.float64), which.reshape(self.static.shape)
+        return sets.astype(np.float64), which.reshape(len(self.parts), -1)
 
     def _static(self, numbers: Numbers) -> frozenset[int]:
         return frozenset(index for index, found in enumerate(numbers) if self.static[index][found])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grainwise.plan.choices import Entry
 from grainwise.plan.projection import Projection
-from grainwise.search.beliefs import posterior
+from grainwise.search.beliefs import Beliefs
 from grainwise.search.local import exchange, reduced
 from grainwise.search.prior import Table, finite_scores
 from grainwise.search.programme import Programme
@@ -88,7 +88,7 @@ def greedy(projection: Projection, sensitivity: Sensitivity, *, seed: int = 0) -
 
 class ThompsonSearcher:
     """The integer programme on the scores first; then, for each profile, on scores drawn from what the measurements
-    leave possible (`beliefs.posterior`): Thompson sampling (Russo et al. 2018, algorithm 4.2) of a linear model.
+    leave possible (`Beliefs`): Thompson sampling (Russo et al. 2018, algorithm 4.2) of a linear model.
 
     Where the programme gives a profile that is known, a neighbour of it under the drawn scores is proposed.
     """
@@ -112,10 +112,9 @@ class ThompsonSearcher:
 
     def _draw(self, count: int, temperature: float) -> list[dict[str, Entry]]:
         keys, divergences = [key for _, key in self._measured], [divergence for divergence, _ in self._measured]
-        drawn = []
+        beliefs, drawn = Beliefs(self._sensitivity, keys, divergences), []
         for _ in range(count):
-            sampled = posterior(self._sensitivity, keys, divergences, self._rng)
-            scores = finite_scores(self._projection, sampled)
+            scores = finite_scores(self._projection, beliefs.sample(self._rng))
             entries = self._programme.solve(scores)
             if key_of(self._projection, entries) in self._seen:
                 entries = neighbour(self._projection, entries, scores, self._rng, temperature)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import lu_factor, lu_solve
 
 from grainwise.plan.choices import PRECISIONS
 from grainwise.study.sensitivity import Sensitivity
@@ -40,57 +41,63 @@ class _Errors:
         return _Errors(spread * _ALL * rng.normal(), spread * _LAYER * rng.normal(size=len(prior.structures)), *own)
 
 
-def posterior(
-    prior: Sensitivity,
-    keys: Sequence[Sequence[int]],
-    divergences: Sequence[float],
-    rng: np.random.Generator | None = None,
-    spread: float = 1.0,
-) -> Sensitivity:
-    """The scores after T trials: Gaussian-process regression with a linear kernel, every score multiplied by one plus
-    the errors found. The posterior mean (Rasmussen & Williams 2006, eq. 2.25), or with `rng` a sample of the posterior:
-    errors drawn from the prior, corrected by what they leave of the measurements (Matheron's rule; Wilson et al. 2020,
-    eq. 9).
+class Beliefs:
+    """The scores after T trials: Gaussian-process regression with a linear kernel (Rasmussen & Williams 2006, section
+    2.2), every score multiplied by one plus the errors found.
 
-    keys: `[T, L]` flat entry numbers s * P + p. divergences: `[T]`, in nats. spread: factor of a sample's distance from
-    the mean; 1 for the posterior itself.
+    keys: `[T, L]` flat entry numbers s * P + p. divergences: `[T]`, in nats. What does not depend on a sample is
+    computed once.
     """
-    guess = _Errors.none(prior) if rng is None else _Errors.drawn(prior, rng, spread)
-    if not keys:
-        shared = 1 + guess.all + guess.layers
-        tables = (prior.structures, guess.structures), (prior.precisions, guess.precisions)
-        return Sensitivity(*(_corrected(scores, shared, own) for scores, own in tables)) if rng else prior
-    numbers, y = np.array(keys), np.array(divergences)
-    s, p = np.divmod(numbers, len(PRECISIONS))
-    layers = np.arange(numbers.shape[1])
-    structure, precision = prior.structures[layers, s], prior.precisions[layers, p]  # [T, L]
-    structure, precision = (np.where(np.isfinite(part), part, 0.0) for part in (structure, precision))
-    layer = structure + precision
-    total = layer.sum(axis=1)
-    kernel = _ALL**2 * np.outer(total, total) + _LAYER**2 * layer @ layer.T
-    own_s = _one_hot(s, structure, prior.structures.shape[1])  # [T, L, S]
-    own_p = _one_hot(p, precision, prior.precisions.shape[1])
-    for own in (own_s, own_p):
-        flat = own.reshape(len(y), -1)
-        kernel += _OWN**2 * flat @ flat.T
-    noise = (_NOISE * np.maximum(y, 1e-6)) ** 2 + 1e-12
-    guessed = total * (1 + guess.all) + layer @ guess.layers
-    for own, errors in ((own_s, guess.structures), (own_p, guess.precisions)):
-        guessed += np.einsum("tla,la->t", own, errors)
-    if rng is not None:
-        guessed += spread * np.sqrt(noise) * rng.normal(size=len(y))
-    alpha = np.linalg.solve(kernel + np.diag(noise), y - guessed)
-    shared = 1 + guess.all + guess.layers + _ALL**2 * total @ alpha + _LAYER**2 * layer.T @ alpha  # [L]
-    return Sensitivity(
-        _corrected(prior.structures, shared, guess.structures + _OWN**2 * np.einsum("tla,t->la", own_s, alpha)),
-        _corrected(prior.precisions, shared, guess.precisions + _OWN**2 * np.einsum("tla,t->la", own_p, alpha)),
-    )
+
+    def __init__(self, prior: Sensitivity, keys: Sequence[Sequence[int]], divergences: Sequence[float]) -> None:
+        self._prior = prior
+        layers = np.arange(len(prior.structures))
+        s, p = np.divmod(np.array(keys, dtype=np.int64).reshape(-1, len(layers)), len(PRECISIONS))
+        self._y = np.array(divergences, dtype=np.float64)
+        structure, precision = prior.structures[layers, s], prior.precisions[layers, p]  # [T, L]
+        structure, precision = (np.where(np.isfinite(part), part, 0.0) for part in (structure, precision))
+        self._layer = structure + precision
+        self._total = self._layer.sum(axis=1)
+        self._structures = _one_hot(s, structure, prior.structures.shape[1])  # [T, L * S]
+        self._precisions = _one_hot(p, precision, prior.precisions.shape[1])
+        kernel = _ALL**2 * np.outer(self._total, self._total) + _LAYER**2 * self._layer @ self._layer.T
+        for own in (self._structures, self._precisions):
+            kernel += _OWN**2 * own @ own.T
+        noise = (_NOISE * np.maximum(self._y, 1e-6)) ** 2 + 1e-12
+        self._deviation = np.sqrt(noise)
+        self._factors = lu_factor(kernel + np.diag(noise)) if len(self._y) else None
+
+    def mean(self) -> Sensitivity:
+        """The posterior mean (eq. 2.25)."""
+        return self._explained(_Errors.none(self._prior), np.zeros_like(self._y))
+
+    def sample(self, rng: np.random.Generator, spread: float = 1.0) -> Sensitivity:
+        """A sample of the posterior: errors drawn from the prior, corrected by what they leave of the measurements
+        (Matheron's rule; Wilson et al. 2020, eq. 9). spread: factor of its distance from the mean.
+        """
+        drawn = _Errors.drawn(self._prior, rng, spread)
+        return self._explained(drawn, spread * self._deviation * rng.normal(size=len(self._y)))
+
+    def _explained(self, guess: _Errors, noise: NDArray[np.float64]) -> Sensitivity:
+        """The scores with guessed errors, and with what these and the noise leave of the measurements explained."""
+        guessed = self._total * (1 + guess.all) + self._layer @ guess.layers + noise
+        guessed += self._structures @ guess.structures.ravel() + self._precisions @ guess.precisions.ravel()
+        alpha = guessed if self._factors is None else lu_solve(self._factors, self._y - guessed)
+        shared = 1 + guess.all + guess.layers + _ALL**2 * self._total @ alpha + _LAYER**2 * self._layer.T @ alpha
+        found = []
+        for scores, own, error in (
+            (self._prior.structures, self._structures, guess.structures),
+            (self._prior.precisions, self._precisions, guess.precisions),
+        ):
+            found.append(_corrected(scores, shared, error + _OWN**2 * (own.T @ alpha).reshape(scores.shape)))
+        return Sensitivity(*found)
 
 
 def _one_hot(numbers: NDArray[np.int64], values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """`[T, L * count]` with each value at its number."""
     table = np.zeros((*numbers.shape, count))
     np.put_along_axis(table, numbers[..., None], values[..., None], axis=-1)
-    return table
+    return table.reshape(len(numbers), numbers.shape[1] * count)
 
 
 def _corrected(

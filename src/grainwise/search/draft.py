@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from grainwise.plan.choices import PRECISIONS, STRUCTURES, UNCOMPRESSED, Entry, entry_of, numbers_of
 from grainwise.plan.cost import CostModel, Widths
-from grainwise.plan.prices import COSTS, Cost, Shared
+from grainwise.plan.prices import COSTS, Cost, Row, Shared
 from grainwise.plan.projection import BLOCK_STUDENTS, NARROWING
 from grainwise.plan.space import Mask, units_left
 
@@ -57,13 +57,16 @@ class Draft:
 
     def _shared_changes(self, shared: Shared) -> NDArray[np.float64]:
         """`[L, S, P, 3]` change of what the entries share."""
-        tables = shared.tables(self.numbers)
-        if stripped := self.stripped():
-            students = shared.tables(self.numbers, list(stripped), stripped)
-            for index, table in zip(stripped, students, strict=True):
-                tables[index, BLOCK_STUDENTS] = table[list(BLOCK_STUDENTS)]
-        tables -= shared.of(self.numbers)
-        return tables
+        every: list[Row] = [(index, ()) for index in range(len(self.layers))]
+        stripped = self.stripped()
+        tables = shared.tables(self.numbers, every + list(stripped.items()))
+        changes, students = np.split(tables, [len(every)])
+        for index, table in zip(stripped, students, strict=True):
+            changes[index, BLOCK_STUDENTS] = table[list(BLOCK_STUDENTS)]
+        now = shared.of(self.numbers)
+        for cost in np.flatnonzero(now):
+            changes[..., cost] -= now[cost]
+        return changes
 
     def _additive_of(self, index: int) -> NDArray[np.float64]:
         """`[S, P, 3]` change of what layers pay for themselves when layer `index` takes the entry instead."""

@@ -21,7 +21,7 @@ from grainwise.controller.trainer import Algorithm, PolicyTrainer, TrainerConfig
 from grainwise.plan.choices import PRECISIONS, STRUCTURES, Entry, numbers_of
 from grainwise.plan.prices import COSTS
 from grainwise.plan.projection import Projection, Walk
-from grainwise.search.beliefs import posterior
+from grainwise.search.beliefs import Beliefs
 from grainwise.search.draft import Draft
 from grainwise.search.local import exchange
 from grainwise.search.prior import finite_scores
@@ -35,6 +35,7 @@ _S, _P = len(STRUCTURES), len(PRECISIONS)
 DYNAMICS = len(COSTS) + 1  # what is left of each budget, log of the multiplier's factor
 _PARENTS = 1.5  # mean rank of the elite profiles that sampled scores are solved around
 _SPREAD = 0.3  # of the sampled scores: all of the posterior's doubt, in hundreds of scores at once, leads far astray
+_RESOLVED = 4  # times as many trials before the programme is solved again: scores move ever less, and it takes longest
 _TRIES = 6  # solutions for each new one that is wanted, at most
 _ILLEGAL = 2.0  # summary of a choice that the layer cannot take
 
@@ -114,6 +115,7 @@ class ControllerSearcher:
         self._seen: set[Key] = set()
         self._memory: list[_Memory] = []
         self._told = 0
+        self._beliefs: Beliefs | None = None  # of all measurements, once there are some to correct scores by
         self._solution: Key = ()  # of the programme, at scores that `_solved_at` trials had corrected
         self._solved_at = 0
 
@@ -137,13 +139,11 @@ class ControllerSearcher:
         them (Thompson sampling), half of them reached from that solution and half from elite profiles.
         """
         elite = self._elite()
-        if count < 1 or not elite or self._sensitivity is None or not self.config.learn_scores:
+        if count < 1 or not elite or self._beliefs is None:
             return []
-        measured = [m for m in self._memory if math.isfinite(m.divergence)]
-        keys, divergences = [m.key for m in measured], [m.divergence for m in measured]
         cost = self._projection.cost
         parents = [Draft(cost, entries_of(self._projection, m.key)) for m in elite]
-        if self._told >= 2 * self._solved_at:  # scores move less and less, and solving takes longest
+        if self._told >= _RESOLVED * self._solved_at:
             solved = self._programme.solve(self._prior.scores, self._prior.improved(parents[0]))
             self._solution, self._solved_at = key_of(self._projection, solved), self._told
         anchor = Draft(cost, entries_of(self._projection, self._solution))
@@ -152,7 +152,7 @@ class ControllerSearcher:
         for number in range(_TRIES * count):
             found, source = solution.entries(), "programme"
             if number:
-                drawn = posterior(self._sensitivity, keys, divergences, self._rng, _SPREAD)
+                drawn = self._beliefs.sample(self._rng, _SPREAD)
                 rank = min(len(parents) - 1, int(self._rng.exponential(_PARENTS)))
                 around = solution if self._rng.random() < 0.5 else parents[rank]
                 found, source = self._prior.improved(around, finite_scores(self._projection, drawn)), "thompson"
@@ -167,7 +167,7 @@ class ControllerSearcher:
     def _neighbours(self, count: int) -> list[Proposal]:
         """Up to `count` new profiles: one entry of an elite profile changed, the others solved around it."""
         elite = self._elite()
-        if count < 1 or not elite or self._sensitivity is None or not self.config.learn_scores:
+        if count < 1 or not elite or self._beliefs is None:
             return []
         proposals = []
         for _ in range(_TRIES * count):
@@ -247,8 +247,8 @@ class ControllerSearcher:
         if self._sensitivity is None or not self.config.learn_scores:
             return
         measured = [m for m in self._memory if math.isfinite(m.divergence)]
-        learnt = posterior(self._sensitivity, [m.key for m in measured], [m.divergence for m in measured])
-        self._prior.learn(learnt)
+        self._beliefs = Beliefs(self._sensitivity, [m.key for m in measured], [m.divergence for m in measured])
+        self._prior.learn(self._beliefs.mean())
 
     def _repriced(self, chosen: Sequence[_Memory]) -> Rollout:
         """The rollouts with the prior's present log-weights at the multipliers of their walks."""

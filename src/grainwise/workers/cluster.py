@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grainwise.threads import limit_threads
 from grainwise.workers.pool import Entries, Evaluate
 from grainwise.workers.seats import Answer, Seats, checked, timed
 from grainwise.workers.shared import Packed, unpack
@@ -31,7 +32,7 @@ class _Worker:
     """What runs in an actor: made once, it keeps its activations from one profile to the next."""
 
     def __init__(self, threads: int, packed: Any) -> None:
-        torch.set_num_threads(threads)
+        limit_threads(threads)
         self._evaluate: Evaluate = unpack(packed)  # Ray maps the node's copy, read-only
 
     def pid(self) -> int:

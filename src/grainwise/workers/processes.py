@@ -13,6 +13,7 @@ from contextlib import suppress
 import loky
 import torch
 
+from grainwise.threads import limit_threads
 from grainwise.workers.pool import Entries, Evaluate, this_worker
 from grainwise.workers.seats import Answer, Seats, checked, timed
 from grainwise.workers.shared import Shared, unpack_from
@@ -90,7 +91,7 @@ def serve(threads: int, parent: int) -> None:
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the search's, which lets this one finish
-    torch.set_num_threads(threads)
+    limit_threads(threads)
     threading.Thread(target=watch, daemon=True).start()
 
 
