@@ -4,8 +4,8 @@
 
 The task is `resnet20-mixed` of bench/search.py. Runs in pieces: each (variant, seed) is a study in
 out/bench-controller.db and is skipped when it is complete; several processes with --worker share the work, each with
-variants of its own. A run without it writes bench/results/controller.json; `python -m bench.tables` makes the table in
-docs/controller.md.
+variants of its own. A run without it writes its rows to bench/results/controller.json, under the number of evaluations;
+`python -m bench.tables` makes the tables in docs/controller.md.
 
 Written down before any test data were read: the figure of a run is the divergence (KL, nats) on the search split of its
 best profile within the budgets, then the test accuracy of that profile; variants are compared by means over seeds.
@@ -61,6 +61,9 @@ VARIANTS = {
     "no statistics of feature maps": Variant(statistics=False),
     "REINFORCE for PPO": Variant({"algorithm": "reinforce"}),
     "no programme, no Thompson samples": Variant({"sampled": 0.0}),
+    "no exchanges": Variant({"exchanged": 0.0}),
+    "the policy alone": Variant({"sampled": 0.0, "exchanged": 0.0}),
+    "the policy alone, untrained": Variant({"sampled": 0.0, "exchanged": 0.0, "learning_rate": 0.0}),
     "scores not corrected": Variant({"learn_scores": False}),
     "no prior": Variant({"use_prior": False}),
     "complexity weight 0.1": Variant(complexity_weight=0.1),
@@ -179,7 +182,9 @@ def main() -> None:
         "reference_test_accuracy": session.evaluator.test(session.reference.model, session.evaluator.forward),
         "rows": [bench.row(name, seed) for name, seed in runs],
     }
-    RESULTS.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results[str(arguments.evaluations)] = body
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,13 @@ TASKS = {
     "resnet20-tightest": Task(
         "ResNet-20, size and MACs, tightest", resnet20.pretrained, _CIFAR, {"size": 0.06, "macs": 0.5}, _QUICK
     ),
+    "resnet20-tightest-512": Task(
+        "ResNet-20, size and MACs, tightest, by 512 pictures",
+        resnet20.pretrained,
+        _pictures(cifar10.splits, 4),
+        {"size": 0.06, "macs": 0.5},
+        _QUICK,
+    ),
     "resnet20-long": Task(
         "ResNet-20, size and MACs, long", resnet20.pretrained, _CIFAR, {"size": 0.12, "macs": 0.75}, LEADING, 1000
     ),

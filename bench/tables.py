@@ -51,8 +51,12 @@ def frontier() -> str:
 
 
 def controller() -> str:
+    """A table a number of evaluations."""
+    return "\n\n".join(map(_varied, markdown.read("controller").values()))
+
+
+def _varied(body: dict[str, Any]) -> str:
     """Means over seeds, variants in the order of their divergence."""
-    body = markdown.read("controller")
     by_variant: dict[str, list[dict[str, Any]]] = {}
     for found in body["rows"]:
         by_variant.setdefault(found["variant"], []).append(found)
