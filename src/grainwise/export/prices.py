@@ -59,7 +59,8 @@ class OnnxPrices:
     layer_time: LayerMs | None = None
     boundary_time: BoundaryMs | None = None
     offset_ms: float = 0.0
-    _written: dict[tuple[object, ...], _Written] = field(default_factory=dict, repr=False)
+    _written: dict[tuple[object, ...], _Written] = field(default_factory=dict, repr=False)  # by what decides it
+    _weighed: dict[tuple[str, Choice, Choice], _Written] = field(default_factory=dict, repr=False)
     _boundaries: dict[frozenset[int], Cost] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -174,13 +175,16 @@ class OnnxPrices:
     def _weigh(self, layer: Layer, structure: Choice, precision: Choice) -> _Written:
         if not self._plain(layer):
             return _Written(0, {})
-        unit = self.marked.skeleton.units[layer.name]
-        names = (layer.name, *self._markers[LAYER, layer.name], unit.source, unit.norm)
-        lengths = (None if name is None else len(name) for name in names)
-        key = (*self._form(layer.geometry, structure, precision), *lengths, structure, precision)
-        if key not in self._written:
-            self._written[key] = self._write(layer, structure, precision)
-        return self._written[key]
+        own = layer.name, structure, precision
+        if own not in self._weighed:
+            unit = self.marked.skeleton.units[layer.name]
+            names = (layer.name, *self._markers[LAYER, layer.name], unit.source, unit.norm)
+            lengths = (None if name is None else len(name) for name in names)
+            key = (*self._form(layer.geometry, structure, precision), *lengths, structure, precision)
+            if key not in self._written:
+                self._written[key] = self._write(layer, structure, precision)
+            self._weighed[own] = self._written[key]
+        return self._weighed[own]
 
     def _form(self, g: Geometry, structure: Choice, precision: Choice) -> tuple[object, ...]:
         """What decides the nodes of an entry beside its choices: how its stages run, and attributes of the calls."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 from grainwise.plan.choices import Choice, Granularity, Method
@@ -112,6 +113,7 @@ def _student_stages(g: Geometry, choice: Choice) -> tuple[Stage, ...]:
     return Stage(g.resized(outputs=hidden, bias=False)), Stage(g.pointwise(hidden, g.outputs, bias=g.bias))
 
 
+@lru_cache(maxsize=1024)  # prices ask for them at every precision, and for each of several reasons
 def stages(geometry: Geometry, structure: Choice) -> tuple[Stage, ...]:
     """The primitive layers that `structure` puts in a layer's place, in the order in which they run.
 
