@@ -68,21 +68,20 @@ class Subject:
         return Evaluator(library or e.library, e.splits, e.cost, e.scoring, e.marked, sharing)
 
 
-def _resnet20() -> tuple[Session, SearchOptions]:
+def _resnet20() -> Session:
     part = cifar10.parts(calibration=cifar10.CALIBRATION, search=PICTURES, test=128)
     data = Data(**{name: cifar10.batches(*pictures, 128) for name, pictures in part.items()})
-    return Session.prepare(resnet20.pretrained(), data, target="packed"), SearchOptions()
+    return Session.prepare(resnet20.pretrained(), data, target="packed")
 
 
-def _minilm() -> tuple[Session, SearchOptions]:
+def _minilm() -> Session:
     full = minilm.data()
     data = replace(full, calibration=list(full.calibration)[:1], search=list(full.search)[: WORDS // minilm.BATCH])
     methods = (Method.PRUNE, Method.QUANTIZE)
-    session = Session.prepare(minilm.model(), data, metric=minilm.metric, methods=methods, target="packed")
-    return session, SearchOptions(prior=False)  # its scores take an hour to measure
+    return Session.prepare(minilm.model(), data, metric=minilm.metric, methods=methods, target="packed")
 
 
-NETWORKS: dict[str, tuple[Callable[[], tuple[Session, SearchOptions]], dict[str, float]]] = {
+NETWORKS: dict[str, tuple[Callable[[], Session], dict[str, float]]] = {
     "resnet20": (_resnet20, {"size": 0.15, "macs": 0.75}),
     "minilm": (_minilm, {"size": 0.3}),
 }
@@ -91,10 +90,10 @@ NETWORKS: dict[str, tuple[Callable[[], tuple[Session, SearchOptions]], dict[str,
 def subject_of(name: str, evaluations: int) -> Subject:
     """The network with the profiles of a search; layers are solved on the way."""
     make, constraints = NETWORKS[name]
-    session, options = make()
+    session, options = make(), SearchOptions()
     budgets = session.budgets(constraints)
     Path("out").mkdir(exist_ok=True)
-    scores = kept_sensitivity(session, Store("sqlite:///out/bench-sharing.db")) if options.prior else None
+    scores = kept_sensitivity(session, Store("sqlite:///out/bench-sharing.db"))
     searcher = make_searcher(session, Projection(session.cost, budgets), scores, options, evaluations)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(f"sqlite:///{folder}/search.db")
@@ -259,7 +258,7 @@ def measure(name: str, evaluations: int, naive: int) -> dict[str, Any]:
     samples = sum(len(batch.targets) for batch in subject.session.splits.search if batch.targets is not None)
     runs = subject.session.evaluator.prefixes
     kept = None if runs is None else {"kept_bytes": runs.kept_bytes}
-    return {"network": name, "samples": samples, "profiles": len(everything), "prefixes": kept, "rows": rows}
+    return {"samples": samples, "profiles": len(everything), "prefixes": kept, "rows": rows}
 
 
 def main() -> None:
@@ -269,15 +268,16 @@ def main() -> None:
     parser.add_argument("--naive", type=int, default=8, help="profiles that the slow loops run on")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    asked = f"--evaluations {arguments.evaluations} --naive {arguments.naive}"
-    found = [measure(name, arguments.evaluations, arguments.naive) for name in arguments.networks]
-    body = {
-        "command": f"python -m bench.sharing --networks {' '.join(arguments.networks)} {asked}",
-        "machine": f"{device_name()}, {platform.machine()}, torch {torch.__version__}, 1 process, 1 thread",
-        "networks": found,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(body, indent=1) + "\n")
+    for name in arguments.networks:
+        found = measure(name, arguments.evaluations, arguments.naive)
+        asked = f"--networks {name} --evaluations {arguments.evaluations} --naive {arguments.naive}"
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results[name] = {
+            "command": f"python -m bench.sharing {asked}",
+            "machine": f"{device_name()}, {platform.machine()}, torch {torch.__version__}, 1 process, 1 thread",
+            **found,
+        }
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -118,9 +118,8 @@ def latency() -> str:
 
 def sharing() -> str:
     """One row a network and set of shared kinds; the differences are those of divergences from the full set's."""
-    body = markdown.read("sharing")
     parts = []
-    for network in body["networks"]:
+    for name, network in markdown.read("sharing").items():
         rates = {row["row"]: row["evaluations"] / row["seconds"] for row in network["rows"]}
         naive = rates["naive loop"]
         rows = [
@@ -133,14 +132,13 @@ def sharing() -> str:
             for row in network["rows"]
         ]
         head = [
-            f"{network['network']}, {network['samples']} samples",
+            f"{name}, {network['samples']} samples",
             "evaluations a second",
             "times naive",
             "difference",
         ]
-        parts.append(markdown.table(head, rows))
-    note = f"`{body['command']}` on {body['machine']}."
-    return "\n\n".join([*parts, note])
+        parts += [markdown.table(head, rows), f"`{network['command']}` on {network['machine']}."]
+    return "\n\n".join(parts)
 
 
 def search() -> str:
