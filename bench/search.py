@@ -144,7 +144,8 @@ def run(task: Task, name: str, seeds: Sequence[int], techniques: Sequence[str]) 
         "rows": summary(body),
         "marks": marks,
         "as_good": {f"{one['searcher']}/{one['seed']}": _as_good(one, goals.get(one["seed"])) for one in body["runs"]},
-        "pictures": sum(len(batch.inputs) for batch in session.splits.search),
+        "divergence": session.evaluator.scoring.divergence.__name__.replace("_", " "),
+        "samples": sum(len(batch.targets) for batch in session.splits.search if batch.targets is not None),
         "runs": [{"searcher": one["searcher"], "seed": one["seed"], **one.get("best", {})} for one in body["runs"]],
     }
 

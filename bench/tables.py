@@ -178,8 +178,8 @@ def _searched(task: dict[str, Any]) -> str:
     head = ["technique", *(f"after {mark}" for mark in marks[:-1]), f"after {marks[-1]}", "test metric, %"]
     asked = ", ".join(f"{name} ≤ {share:g}" for name, share in task["constraints"].items())
     note = (
-        f"Divergence in nats of the best profile within {asked}, mean ± deviation over {len(task['seeds'])} seeds; "
-        f"{task['pictures']} search pictures, target {task['target']}. Uncompressed: "
+        f"Divergence ({task['divergence']}) of the best profile within {asked}, mean ± deviation over "
+        f"{len(task['seeds'])} seeds; {task['samples']} search samples, target {task['target']}. Uncompressed: "
         f"{100 * task['reference_test_metric']:.2f} % on the test split. Seconds count the scores in full; to "
         f"`additive`'s best are those until a profile was as good as its best one of that seed, mean over the seeds "
         f"where one was. `{task['command']}` on {task['machine']}."
