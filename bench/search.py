@@ -92,6 +92,14 @@ TASKS = {
     "mobilenet-tight": Task(
         "MobileNetV2, size and MACs, tight", mobilenet.pretrained, _CIFAR, {"size": 0.1, "macs": 0.7}, _QUICK
     ),
+    "resnet20-bits": Task(
+        "ResNet-20, size by bits alone",
+        resnet20.pretrained,
+        _CIFAR,
+        {"size": 0.1},
+        _QUICK,
+        prepared={"methods": (Method.QUANTIZE,)},
+    ),
     "resnet20-latency": Task("ResNet-20, latency", resnet20.pretrained, _CIFAR, {"latency": 0.75}, _QUICK),
     "minilm-mixed": Task(
         "MiniLM, size and MACs",
