@@ -167,6 +167,7 @@ def test_foreign_trials_are_not_proposed_again_and_are_learnt_from(problem: Bed)
     made.replay(trials)
     proposals = made.ask(8)
     assert not any(p.entries == t.entries for p in proposals for t in trials)
+    assert {"programme", "thompson"} & {proposal.source for proposal in proposals}  # of scores that they corrected
     made.tell([problem.trial(i, p) for i, p in enumerate(proposals)])
     assert made.trainer.updates == 1
 

@@ -263,6 +263,7 @@ class ControllerSearcher:
         """
         self._seen.update(key_of(self._projection, trial.entries) for trial in trials)
         self._remember([trial for trial in trials if trial.reward is not None])
+        self._believe()
 
     def _remember(self, trials: Sequence[Trial]) -> list[_Memory]:
         if not trials:
