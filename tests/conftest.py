@@ -43,5 +43,5 @@ def session() -> Session:
 
 @pytest.fixture(scope="session")
 def onnx_session() -> Session:
-    """The same for a target with files, on processors with VNNI."""
-    return Session.prepare(tiny(), tiny_data(), target="ort-cpu-vnni")
+    """The same for the target whose files run on this processor."""
+    return Session.prepare(tiny(), tiny_data(), target="ort-cpu")

@@ -22,10 +22,12 @@ from grainwise.evaluate.sharing import Sharing
 from grainwise.export.artefact import ArtefactError
 from grainwise.graph.forward import default_forward
 from grainwise.leaders import Infeasible, aimed, choose
+from grainwise.plan import target
 from grainwise.plan.choices import Choice, Entry, Granularity, Method
 from grainwise.plan.profile import ProfileError
 from grainwise.plan.projection import Unreachable
 from grainwise.plan.space import SpaceKind
+from grainwise.plan.target import ProcessorError
 from grainwise.realise.norms import reestimate_norms
 from grainwise.session import AIM, Session
 from grainwise.store.studies import Store, StoreError
@@ -137,6 +139,16 @@ def test_resume_goes_on_and_refuses_another_search(tmp_path: Path) -> None:
 def test_wrong_constraints_are_refused(tmp_path: Path, constraints: Mapping[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _compress(tmp_path, constraints=constraints)
+
+
+def test_a_target_of_another_processor_is_refused_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text("flags\t\t: ssse3 avx2\n")
+    monkeypatch.setattr(target, "_CPUINFO", tmp_path / "cpuinfo")
+    with pytest.raises(ProcessorError, match="no VNNI"):
+        _compress(tmp_path, target="ort-cpu-vnni")
+    assert not (tmp_path / "s.db").exists()
 
 
 def test_what_cannot_be_reached_is_said_before_the_search(tmp_path: Path) -> None:

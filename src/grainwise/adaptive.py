@@ -22,7 +22,7 @@ from grainwise.plan.choices import UNCOMPRESSED, Entry
 from grainwise.plan.layers import Layer
 from grainwise.plan.prices import COSTS
 from grainwise.plan.profile import CompressionProfile, entries_from_json, entries_to_json
-from grainwise.plan.target import resolve_target
+from grainwise.plan.target import check_processor, resolve_target
 from grainwise.realise.reference import fingerprint
 from grainwise.recover.batches import seeded
 from grainwise.recover.checkpoint import Checkpoint, part
@@ -114,6 +114,7 @@ class AdaptiveCompression:
             raise ValueError(f"give at least 1 epoch, got {epochs}")
         if refused := sorted(set(constraints) - {"size", "macs"}):
             raise ValueError(f"{refused[0]!r} cannot be a constraint while a network trains; give size, macs or both")
+        check_processor(resolve_target(target))
         self.epochs, self.epoch = epochs, 0
         self.history: list[Epoch] = []
         self._model, self._splits, self._target = model, Splits.read(data), resolve_target(target).name

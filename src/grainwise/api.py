@@ -22,6 +22,7 @@ from grainwise.plan.choices import Method
 from grainwise.plan.profile import CompressionProfile, ProfileError
 from grainwise.plan.projection import Projection
 from grainwise.plan.space import SpaceKind
+from grainwise.plan.target import check_processor, resolve_target
 from grainwise.search.driver import BATCH, Budget, Judge, search
 from grainwise.search.registry import Given, Table, technique
 from grainwise.search.rl import ControllerConfig
@@ -147,8 +148,10 @@ def compress(
         times is a failed trial.
 
     Raises TraceError, DataError, MetricError, Unreachable (no profile can meet the constraints), StoreError, Stopped
-    (`Observer.stop`), or Infeasible (none was found). The model itself is not changed.
+    (`Observer.stop`), Infeasible (none was found), or ProcessorError (files for this target would not run right here).
+    The model itself is not changed.
     """
+    check_processor(resolve_target(target))
     limit = Budget.parse(budget)
     observer.stage("trace")
     session = Session.prepare(

@@ -39,7 +39,7 @@ from grainwise.plan.prices import COSTS
 from grainwise.plan.profile import CompressionProfile
 from grainwise.plan.projection import Projection
 from grainwise.plan.space import SearchSpace, SpaceKind
-from grainwise.plan.target import Target, resolve_target
+from grainwise.plan.target import Target, check_processor, resolve_target
 from grainwise.realise.disk import VariantsOnDisk
 from grainwise.realise.library import VariantLibrary
 from grainwise.realise.reference import Reference, fingerprint
@@ -205,7 +205,7 @@ class Session:
             reference_test_metric=evaluator.test(self.reference.model, evaluator.scoring.forward),
             trials=trials,
             entries=dict(entries),
-            deployed=self._deployed(candidate),
+            deployed=self._deployed(candidate, entries),
             recovery=recovery,
         )
 
@@ -253,14 +253,14 @@ class Session:
         )
         return evaluator.deployed(network, entries), found
 
-    def _deployed(self, candidate: Candidate) -> dict[str, float | int | str | None]:
+    def _deployed(self, candidate: Candidate, entries: Mapping[str, Entry]) -> dict[str, float | int | str | None]:
         """Figures of the candidate's file in its runtime, after the parity gate; none without a file."""
         evaluator, file = self.evaluator, candidate.file
         if file is None or evaluator.marked is None or evaluator.reference_file is None:
             return {}
-        skeleton = evaluator.marked.skeleton
+        check_processor(self.reference.target, entries.values())
+        skeleton, batches = evaluator.marked.skeleton, [batch.inputs for batch in self.splits.search]
         bounds = Bounds() if evaluator.scoring.divergence is kl_divergence else Bounds(agreement=None)
-        batches = [batch.inputs for batch in self.splits.search]
         parity = check_parity(file, candidate.model, skeleton, batches, bounds)
         files = {"reference": evaluator.reference_file, "candidate": file}
         found = race({n: f.SerializeToString() for n, f in files.items()}, first_sample(batches[0], skeleton.inputs))

@@ -18,7 +18,7 @@ from grainwise.graph.skeleton import Skeleton, build_skeleton, skeleton_forward
 from grainwise.graph.trace import trace
 from grainwise.plan.choices import Choice, Entry, Granularity, Method
 from grainwise.plan.layers import LayerGraph
-from grainwise.plan.target import TARGETS, Target
+from grainwise.plan.target import Target, resolve_target
 from grainwise.realise.build import build
 from grainwise.realise.deploy import deploy
 from grainwise.realise.library import VariantLibrary
@@ -62,6 +62,9 @@ PLANS: dict[str, dict[str, Entry]] = {
 """Of `tiny`, by what is special about them."""
 
 
+HERE = resolve_target("ort-cpu")
+
+
 @dataclass(frozen=True)
 class Source:
     """A network prepared for an ONNX target: candidates are made from it."""
@@ -78,7 +81,7 @@ class Source:
         calibration: Sequence[Any],
         example: Any,
         forward: Forward = default_forward,
-        target: Target = TARGETS["ort-cpu-vnni"],
+        target: Target = HERE,
     ) -> Source:
         graph = trace(network, example, forward)
         skeleton = build_skeleton(network, example, forward, graph)

@@ -23,22 +23,30 @@ from grainwise.export.artefact import ArtefactError, Deployment, load
 from grainwise.export.manifest import MANIFEST, MODEL, WEIGHTS
 from grainwise.export.runtime import open_session, run
 from grainwise.graph.forward import Forward
+from grainwise.plan import target
 from grainwise.plan.choices import Choice, Entry, Granularity, Method
 from grainwise.plan.profile import CompressionProfile
-from tests.export.candidates import PLANS, Source, images, quantised, tiny_candidate, tiny_source
+from grainwise.plan.target import ProcessorError
+from tests.export.candidates import HERE, PLANS, Source, images, quantised, tiny_candidate, tiny_source
 from tests.networks import tiny
 
-TARGET = "ort-cpu-vnni"
+TARGET = HERE.name
+EMPTY = CompressionProfile({})
 
 
-def save(directory: Path, source: Source, candidate: tuple[nn.Module, ModelProto]) -> Path:
+def save(
+    directory: Path,
+    source: Source,
+    candidate: tuple[nn.Module, ModelProto],
+    profile: CompressionProfile = EMPTY,
+) -> Path:
     model, file = candidate
     return artefact.save(
         directory,
         model,
         reference=source.network,
         graph=source.graph,
-        profile=CompressionProfile({}),
+        profile=profile,
         figures={"max_abs_difference": 0.25, "kernels": "4 QLinearConv"},
         card="# a card",
         deployment=Deployment(source.skeleton, file, TARGET, source.example),
@@ -48,6 +56,16 @@ def save(directory: Path, source: Source, candidate: tuple[nn.Module, ModelProto
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     return save(tmp_path / "out", tiny_source(), tiny_candidate("int8"))
+
+
+def test_a_file_that_would_compute_wrongly_here_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = CompressionProfile({"stem": Entry(precision=quantised(8))}, target="ort-cpu-vnni")
+    root = save(tmp_path / "out", tiny_source(), tiny_candidate("int8"), profile)
+    (tmp_path / "cpuinfo").write_text("flags\t\t: ssse3 avx2\n")
+    monkeypatch.setattr(target, "_CPUINFO", tmp_path / "cpuinfo")
+    with pytest.raises(ProcessorError, match="has no VNNI"):
+        load(root)
+    assert load(root, tiny(seed=5)).profile == profile  # PyTorch's sums do not overflow
 
 
 @pytest.mark.parametrize("plan", PLANS)

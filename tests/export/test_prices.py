@@ -54,7 +54,7 @@ INT8 = Choice(Method.QUANTIZE, Granularity.CHANNEL, 8)
 @cache
 def prepared(name: str) -> Session:
     model, data = NETWORKS[name]
-    return Session.prepare(model(), data(), target="ort-cpu-vnni")
+    return Session.prepare(model(), data())
 
 
 def same_for_all(space: SearchSpace, precision: Choice) -> dict[str, Entry]:

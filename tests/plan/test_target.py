@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from grainwise.plan import target as targets
-from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, Choice, Granularity, Method
+from grainwise.plan.choices import NONE, PRECISIONS, STRUCTURES, Choice, Entry, Granularity, Method
 from grainwise.plan.layers import Geometry, Kind
 from grainwise.plan.shapes import Stage
-from grainwise.plan.target import PACKED, TARGETS, Realisation, Target, resolve_target
+from grainwise.plan.target import PACKED, TARGETS, ProcessorError, Realisation, Target, check_processor, resolve_target
 
 VNNI, AVX2 = TARGETS["ort-cpu-vnni"], TARGETS["ort-cpu-avx2"]
 FLOAT, FOLDED, STATIC, DYNAMIC, SPARSE, GATHERED = Realisation
@@ -165,6 +165,33 @@ def test_the_processor_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         cpuinfo.write_text(f"model name\t: some\nflags\t\t: {flags}\n\nflags\t\t: {flags}\n")
     monkeypatch.setattr(targets, "_CPUINFO", cpuinfo)
     assert resolve_target("ort-cpu") is TARGETS[name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "target", "precision", "refused"),
+    [
+        ("ssse3 avx2", VNNI, bits(Granularity.CHANNEL, 8), True),
+        ("ssse3 avx2", VNNI, bits(Granularity.CHANNEL, 4), False),  # codes up to 7
+        ("ssse3 avx2", VNNI, bits(Granularity.BLOCK, 8), False),  # unpacked to float32
+        ("ssse3 avx2", AVX2, bits(Granularity.CHANNEL, 8), False),
+        ("ssse3 avx2", TARGETS["ort-cpu-float"], bits(Granularity.CHANNEL, 8), False),
+        ("ssse3 avx2 avx_vnni", VNNI, bits(Granularity.CHANNEL, 8), False),
+        ("fp asimd", VNNI, bits(Granularity.CHANNEL, 8), False),  # not an x86 one
+    ],
+)
+def test_files_that_overflow_on_this_processor_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, target: Target, precision: Choice, refused: bool
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags\t\t: {flags}\n")
+    monkeypatch.setattr(targets, "_CPUINFO", cpuinfo)
+    if refused:
+        with pytest.raises(ProcessorError, match="ort-cpu-vnni compute wrongly .* take the target ort-cpu-avx2"):
+            check_processor(target, [Entry(), Entry(precision=precision)])
+        with pytest.raises(ProcessorError, match="no VNNI"):
+            check_processor(target)
+    else:
+        check_processor(target, [Entry(), Entry(precision=precision)])
 
 
 def test_targets_by_name() -> None:

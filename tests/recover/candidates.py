@@ -18,7 +18,7 @@ from grainwise.graph.forward import default_forward
 from grainwise.graph.skeleton import build_skeleton, skeleton_forward
 from grainwise.graph.trace import trace
 from grainwise.plan.choices import Choice, Entry, Granularity, Method
-from grainwise.plan.target import TARGETS
+from grainwise.plan.target import resolve_target
 from grainwise.realise.build import build
 from grainwise.realise.deploy import deploy
 from grainwise.realise.library import VariantLibrary
@@ -53,7 +53,7 @@ def library(vanishing: bool = False) -> VariantLibrary:
     graph = trace(network, x, default_forward)
     skeleton = build_skeleton(network, x, default_forward, graph)
     calibration = [inputs for inputs, _ in tiny_data().calibration]
-    target = TARGETS["ort-cpu-vnni"]
+    target = resolve_target("ort-cpu")
     return VariantLibrary(Reference.gather(network, graph, calibration, default_forward, target, skeleton))
 
 

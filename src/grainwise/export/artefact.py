@@ -40,6 +40,7 @@ from grainwise.methods.activations import EightBit, EightBitSum
 from grainwise.methods.modules import construct, describe
 from grainwise.plan.layers import LayerGraph
 from grainwise.plan.profile import CompressionProfile
+from grainwise.plan.target import check_processor, resolve_target
 from grainwise.realise.norms import FrozenNorm, freeze_norms
 from grainwise.realise.reference import channels_last
 from grainwise.realise.swap import swap
@@ -194,8 +195,8 @@ def load(
         of the file, so not together with `model`.
 
     Every file is checked against the manifest first. Raises ArtefactError naming what does not fit, ImportError when
-    the file is to be run and the runtime is not installed, FileError when the runtime cannot run it, ValueError for an
-    unknown runtime.
+    the file is to be run and the runtime is not installed, FileError when the runtime cannot run it, ProcessorError
+    when it would compute wrongly here, ValueError for an unknown runtime.
     """
     check_runtime(runtime)
     if model is not None and runtime != "onnxruntime":
@@ -206,6 +207,8 @@ def load(
     if model is None:
         if manifest.deployment is None:
             raise ArtefactError(f"{root} has no {MODEL}: its weights are for PyTorch; give the network too")
+        if runtime == "onnxruntime":
+            check_processor(resolve_target(profile.target), profile.entries.values())
         return Deployed(RUNTIMES[runtime](root / MODEL), profile, manifest)
     try:
         rebuilt = _rebuilt(manifest, model, forward)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from grainwise.plan.choices import NONE, Choice, Granularity, Method
+from grainwise.plan.choices import NONE, Choice, Entry, Granularity, Method
 from grainwise.plan.layers import Geometry, Kind
 from grainwise.plan.shapes import TALL_TILE, Stage, stages
 
@@ -35,6 +35,9 @@ FAST = (*EIGHT_BIT, Realisation.SPARSE)
 WIDEST: dict[int, float] = {8: 127.0, 4: 7.0, 2: 1.5}
 """Largest distance of a code from that of zero, by bits: symmetric, so one code of 8 and 4 bits is never used."""
 
+SHORT_REACH = 63
+"""Largest code of an 8-bit weight of which two products fit 16 bits."""
+
 _EVERY = tuple(Granularity)
 _SHARED = (Granularity.LAYER, Granularity.CHANNEL)  # one scale serves a whole row, so sums of products stay integers
 
@@ -58,8 +61,8 @@ class Target:
     """A deployment runtime on a kind of processor.
 
     quantised: how a quantised stage of a kind at a granularity runs; what is not listed is unpacked at load.
-    reach: largest absolute code of an 8-bit weight in an 8-bit kernel. 127, or 63 on processors whose kernels add two
-        products in 16 bits, where 127 overflows.
+    reach: largest absolute code of an 8-bit weight in an 8-bit kernel. 127, or SHORT_REACH on processors whose kernels
+        add two products in 16 bits, where 127 overflows.
     runtime: the program that runs the file, or `torch` when there is no file but the packed weights.
     """
 
@@ -116,7 +119,7 @@ PACKED = Target("packed", "torch", {})
 
 TARGETS: dict[str, Target] = {
     "packed": PACKED,
-    "ort-cpu-avx2": Target("ort-cpu-avx2", "onnxruntime", _ONNXRUNTIME, reach=63),
+    "ort-cpu-avx2": Target("ort-cpu-avx2", "onnxruntime", _ONNXRUNTIME, reach=SHORT_REACH),
     "ort-cpu-vnni": Target("ort-cpu-vnni", "onnxruntime", _ONNXRUNTIME, reach=127),
     # Weights alone are quantised. Rounding activations to 8 bits behind float layers makes results depend on the last
     # bit of a sum, which no two runtimes share; here they differ by rounding alone. No layer is faster for fewer bits.
@@ -124,6 +127,31 @@ TARGETS: dict[str, Target] = {
 }
 
 _CPUINFO = Path("/proc/cpuinfo")
+_VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+
+
+class ProcessorError(ValueError):
+    """What was asked for runs wrongly on this processor; the message says why and what to do."""
+
+
+def _processor_flags() -> set[str]:
+    return set(_CPUINFO.read_text(encoding="utf-8").split()) if _CPUINFO.exists() else set()
+
+
+def check_processor(target: Target, entries: Iterable[Entry] | None = None) -> None:
+    """Raises ProcessorError when 8-bit sums of the target's files overflow on this processor: an x86 one without VNNI,
+    whose kernels add two products in 16 bits, and weights of codes beyond 63. One that cannot be told passes.
+
+    entries: of the file; without them of any file.
+    """
+    eight_bit = any(how in EIGHT_BIT for how in target.quantised.values())
+    wide = entries is None or any(e.precision.level == 8 and e.precision.granularity in _SHARED for e in entries)
+    flags = _processor_flags()
+    if eight_bit and wide and target.reach > SHORT_REACH and "ssse3" in flags and not _VNNI & flags:
+        raise ProcessorError(
+            f"files for {target.name} compute wrongly on this processor: it has no VNNI, and sums of 8-bit weights "
+            "overflow; take the target ort-cpu-avx2, whose weights of 7 bits run everywhere"
+        )
 
 
 def resolve_target(name: str | Target) -> Target:
@@ -131,8 +159,7 @@ def resolve_target(name: str | Target) -> Target:
     if isinstance(name, Target):
         return name
     if name == "ort-cpu":
-        flags = _CPUINFO.read_text(encoding="utf-8").split() if _CPUINFO.exists() else []
-        name = "ort-cpu-vnni" if {"avx512_vnni", "avx_vnni"} & set(flags) else "ort-cpu-avx2"
+        name = "ort-cpu-vnni" if _VNNI & _processor_flags() else "ort-cpu-avx2"
     if name not in TARGETS:
         raise ValueError(f"no target is called {name!r}; give ort-cpu or one of {', '.join(TARGETS)}")
     return TARGETS[name]
