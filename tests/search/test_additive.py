@@ -6,8 +6,8 @@ import pytest
 from grainwise.plan.choices import Entry
 from grainwise.search.additive import ThompsonSearcher, additive, greedy
 from grainwise.search.draft import Draft
-from grainwise.search.local import reduced, score_of
-from grainwise.search.prior import Prior, finite_scores
+from grainwise.search.local import reduced
+from grainwise.search.prior import Prior, finite_scores, score_of
 from grainwise.search.searcher import Searcher
 from tests.search.searcher_contract import SearcherContract
 from tests.search.synthetic import Bed, bed, best_divergence, run

@@ -3,8 +3,8 @@ import pytest
 
 from grainwise.plan.choices import entry_of
 from grainwise.search.draft import Draft
-from grainwise.search.local import exchange, reduce, reduced, rises, score_of
-from grainwise.search.prior import cheapest, finite_scores
+from grainwise.search.local import exchange, reduce, reduced, rises
+from grainwise.search.prior import cheapest, finite_scores, score_of
 from grainwise.search.walks import key_of
 from tests.search.synthetic import Bed, bed
 

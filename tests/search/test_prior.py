@@ -5,7 +5,7 @@ from grainwise.plan.choices import entry_of
 from grainwise.plan.projection import Walk
 from grainwise.search.beliefs import Beliefs
 from grainwise.search.draft import Draft
-from grainwise.search.prior import Prior, cheapest, fill
+from grainwise.search.prior import Prior, cheapest, fill, score_of
 from grainwise.search.walks import key_of, sample, uniform
 from grainwise.study.sensitivity import Sensitivity
 from tests.search.synthetic import Bed, bed
@@ -24,15 +24,15 @@ def test_the_solution_is_legal_meets_the_budgets_and_is_far_better_than_the_chea
     solution = prior.solution()
     problem.projection.space.check(solution)
     assert (problem.projection.cost.total(solution) <= problem.projection.budget).all()
-    cost = problem.projection.cost
-    assert prior.score(Draft(cost, solution)) < 0.5 * prior.score(Draft(cost, cheapest(problem.projection)))
+    solved, cheap = (Draft(problem.projection.cost, e) for e in (solution, cheapest(problem.projection)))
+    assert score_of(solved, prior.scores) < 0.5 * score_of(cheap, prior.scores)
 
 
 def test_the_solution_beats_every_sampled_profile_in_its_own_score(problem: Bed) -> None:
     prior = Prior(problem.projection, problem.sensitivity)
     drawn = sample(problem.projection, 32, uniform, np.random.default_rng(0))
-    best = prior.score(Draft(problem.projection.cost, prior.solution()))
-    assert all(best < prior.score(Draft(problem.projection.cost, entries)) for entries in drawn)
+    best = score_of(Draft(problem.projection.cost, prior.solution()), prior.scores)
+    assert all(best < score_of(Draft(problem.projection.cost, entries), prior.scores) for entries in drawn)
 
 
 def test_colder_walks_come_closer_to_the_solution(problem: Bed) -> None:
@@ -42,7 +42,7 @@ def test_colder_walks_come_closer_to_the_solution(problem: Bed) -> None:
         prior.set_temperature(temperature)
         rng = np.random.default_rng(0)
         drawn = sample(problem.projection, 16, lambda w, m: np.stack([prior.log_weights(x) for x in w]), rng)
-        return float(np.mean([prior.score(Draft(problem.projection.cost, e)) for e in drawn]))
+        return float(np.mean([score_of(Draft(problem.projection.cost, e), prior.scores) for e in drawn]))
 
     assert mean_score(0.1) < mean_score(2.0)
 
@@ -97,10 +97,10 @@ def test_filling_lowers_the_score_within_the_budgets_and_keeps_what_it_must(prob
     prior = Prior(problem.projection, problem.sensitivity)
     for entries in sample(problem.projection, 6, uniform, np.random.default_rng(1)):
         draft = Draft(problem.projection.cost, entries)
-        before = prior.score(draft)
+        before = score_of(draft, prior.scores)
         kept = draft.numbers[5]
         fill(draft, prior.scores, problem.projection.budget, keep={5})
-        assert prior.score(draft) < before
+        assert score_of(draft, prior.scores) < before
         assert draft.numbers[5][1] == kept[1]
         assert (draft.total <= problem.projection.budget).all()
         problem.projection.space.check(draft.entries())

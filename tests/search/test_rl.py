@@ -11,8 +11,8 @@ from grainwise.plan.choices import Entry
 from grainwise.search import rl
 from grainwise.search.baselines import EvolutionSearcher, RandomSearcher
 from grainwise.search.draft import Draft
-from grainwise.search.local import exchange, score_of
-from grainwise.search.prior import Prior, finite_scores
+from grainwise.search.local import exchange
+from grainwise.search.prior import Prior, finite_scores, score_of
 from grainwise.search.programme import Programme
 from grainwise.search.rl import ControllerConfig, ControllerSearcher, _Lockstep
 from grainwise.search.searcher import Searcher

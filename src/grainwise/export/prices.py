@@ -61,6 +61,7 @@ class OnnxPrices:
     offset_ms: float = 0.0
     _written: dict[tuple[object, ...], _Written] = field(default_factory=dict, repr=False)  # by what decides it
     _weighed: dict[tuple[str, Choice, Choice], _Written] = field(default_factory=dict, repr=False)
+    _stored: dict[tuple[Geometry, Choice, Choice, bool], int] = field(default_factory=dict, repr=False)  # layers repeat
     _boundaries: dict[frozenset[int], Cost] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -205,8 +206,14 @@ class OnnxPrices:
         return _Written(_weight(writer), {name: _function_bytes(f) for name, f in writer.functions.items()})
 
     def _tensor_bytes(self, layer: Layer, geometry: Geometry, structure: Choice, precision: Choice) -> int:
-        routed = _routed(structure)
         normed = self.marked.skeleton.units[layer.name].norm is not None
+        key = geometry, structure, precision, normed
+        if key not in self._stored:
+            self._stored[key] = self._add_up(*key)
+        return self._stored[key]
+
+    def _add_up(self, geometry: Geometry, structure: Choice, precision: Choice, normed: bool) -> int:
+        routed = _routed(structure)
         found = stages(geometry, structure)
         total = 0
         for number, stage in enumerate(found):

@@ -65,14 +65,27 @@ class Shared:
                 others[row] += lost[plain].sum(axis=0)
                 around = around.difference(plain).union(i for i in plain if plain_runs[i])
             ends[:, row] = self.boundary(around), self.boundary(around | {index})
-        paid, (sets, which) = others > 0, self._sets
-        added = np.where(paid, 0.0, self.part_bytes) @ sets.T  # [N, sets]
+        which = self._sets[1][owners]
+        sizes = np.stack([self._sizes(row.tobytes()) for row in others > 0])
         runs = self.static[owners].reshape(len(rows), -1)
         tables = np.zeros((*runs.shape, len(COSTS)))
         for cost in np.flatnonzero(ends.any(axis=(0, 1))):  # one by one: along an axis of three numpy is slow
             tables[..., cost] = np.where(runs, ends[1, :, cost, None], ends[0, :, cost, None])
-        tables[..., SIZE] += (paid @ self.part_bytes)[:, None] + np.take_along_axis(added, which[owners], axis=1)
+        tables[..., SIZE] += sizes[np.arange(len(rows))[:, None], which]
         return tables.reshape(len(rows), *self.static.shape[1:], len(COSTS))
+
+    def _sizes(self, paid: bytes) -> NDArray[np.float64]:
+        """`[sets]` bytes of the parts that are paid for anyway (bool `[K]`) and of those that each set adds; the same
+        few come again and again.
+        """
+        if paid not in self._sized:
+            given = np.frombuffer(paid, dtype=np.bool_)
+            self._sized[paid] = given @ self.part_bytes + np.where(given, 0.0, self.part_bytes) @ self._sets[0].T
+        return self._sized[paid]
+
+    @cached_property
+    def _sized(self) -> dict[bytes, NDArray[np.float64]]:
+        return {}
 
     @cached_property
     def _sets(self) -> tuple[NDArray[np.float64], NDArray[np.intp]]:

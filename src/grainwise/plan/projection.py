@@ -20,6 +20,10 @@ BLOCK_STUDENTS = tuple(
     i for i, c in enumerate(STRUCTURES) if c.method is Method.DISTILL and c.granularity is Granularity.BLOCK
 )
 _Option = tuple[Cost, tuple[int, int]]
+_After = tuple[Cost, Widths, dict[int, _Option]]
+"""`[3]` cost of the completed profile without the current layer and without what is shared, its widths, and cost and
+numbers of the other layers that differ."""
+
 NARROWING = tuple(i for i, c in enumerate(STRUCTURES) if narrows(c))
 
 
@@ -126,6 +130,7 @@ class Walk:
         self._costs = projection.start_costs.copy()  # [L, 3] of each layer in the completed profile
         self._shared: Cost = projection.cost.shared(self._numbers)
         self.completed: Cost = self._costs.sum(axis=0) + projection.cost.fixed(self._completion) + self._shared
+        self._known: dict[Choice, _After] = {}  # at this step
 
     @property
     def step(self) -> int:
@@ -153,11 +158,14 @@ class Walk:
         index, cost = self.step, self._projection.cost
         legal = self.legal()
         revised, widths, touched = self._after(NONE)
-        table = revised + cost.table(index, widths) + cost.shared_table(index, self._revised_numbers(touched))
+        numbers = self._revised_numbers(touched)
+        plain = cost.shared_table(index, numbers)
+        table = revised + cost.table(index, widths) + plain
         for s in NARROWING:
             if legal[s].any():
                 revised, widths, touched = self._after(STRUCTURES[s])
-                shared = cost.shared_table(index, self._revised_numbers(touched))
+                found = self._revised_numbers(touched)
+                shared = plain if found == numbers else cost.shared_table(index, found)
                 table[s] = revised + cost.table(index, widths)[s] + shared[s]
         table[~legal] = np.inf
         return legal, table
@@ -168,10 +176,14 @@ class Walk:
             numbers[index] = found
         return numbers
 
-    def _after(self, structure: Choice) -> tuple[Cost, Widths, dict[int, _Option]]:
-        """What follows when the current layer takes `structure`: `[3]` cost of the completed profile without the
-        current layer and without what is shared, its widths, and cost and numbers of the other layers that differ.
-        """
+    def _after(self, structure: Choice) -> _After:
+        """What follows when the current layer takes `structure`; all that narrow nothing are alike."""
+        kind = structure if narrows(structure) else NONE
+        if kind not in self._known:
+            self._known[kind] = self._follow(kind)
+        return self._known[kind]
+
+    def _follow(self, structure: Choice) -> _After:
         shared, index = self._projection, self.step
         widths, students = self._decided(structure)
         completion = shared.squeezed_widths(index + 1, widths, students)
@@ -231,3 +243,4 @@ class Walk:
         self._costs[index] = self._projection.cost.table(index, completion)[self._numbers[index]]
         self._shared = self._projection.cost.shared(self._numbers)
         self.completed = revised + self._costs[index] + self._shared
+        self._known.clear()

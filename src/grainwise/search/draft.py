@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ class Draft:
         self.numbers: list[_Numbers] = [numbers_of(entries.get(layer.name, UNCOMPRESSED)) for layer in self.layers]
         self._widths: dict[str, int] = dict(cost.widths(entries))
         self.total: Cost = cost.total(entries)
+        self._paid: list[Cost] = [cost.table(i, self._widths)[n] for i, n in enumerate(self.numbers)]  # by each layer
         self._additive = np.empty((len(self.layers), len(STRUCTURES), len(PRECISIONS), len(COSTS)))  # but for shared
         self._stale = set(range(len(self.layers)))  # layers whose additive changes are to be computed
         self._changes: NDArray[np.float64] | None = None
@@ -39,7 +40,8 @@ class Draft:
         """Another draft of the same profile; what both need is computed once."""
         self.changes()
         other = copy.copy(self)
-        other.numbers, other._stale, other._additive = list(self.numbers), set(self._stale), self._additive.copy()
+        other.numbers, other._paid = list(self.numbers), list(self._paid)
+        other._stale, other._additive = set(self._stale), self._additive.copy()
         return other
 
     def entries(self) -> dict[str, Entry]:
@@ -121,30 +123,35 @@ class Draft:
     def _rest(self, index: int, structure: int) -> tuple[Cost, Widths]:
         """`[3]` change of all but layer `index` once it takes `structure`, less its own cost, and the widths then."""
         widths, stripped = self._revised_widths(index, structure), self._strips(index, structure)
-        touched = set(stripped)
-        for name in widths.keys() | self._widths.keys():
-            if widths.get(name) != self._widths.get(name):
-                touched.update(self.cost.touching(name))
-        rest = -self.cost.table(index, self._widths)[self.numbers[index]]
+        touched = self._touched(widths, (index, *stripped)).union(stripped)
+        rest = -self._paid[index]
         if touched:
             rest = rest + self.cost.fixed(widths) - self.cost.fixed(self._widths)
         for i in sorted(touched - {index}):
             s, p = self.numbers[i]
-            new = (0, p) if i in stripped else (s, p)
-            rest = rest + self.cost.table(i, widths)[new] - self.cost.table(i, self._widths)[s, p]
+            rest = rest + self.cost.table(i, widths)[0 if i in stripped else s, p] - self._paid[i]
         return rest, widths
+
+    def _touched(self, widths: Widths, revised: Iterable[int]) -> set[int]:
+        """Layers whose tensors are narrower or wider than now, once some layers are revised so that these are the
+        widths.
+        """
+        names = (self.layers[i].name for i in revised)
+        return {i for name in names if widths.get(name) != self._widths.get(name) for i in self.cost.touching(name)}
 
     def replace(self, index: int, structure: int, precision: int) -> None:
         """Revise layer `index`; the entry must be legal (finite in `changes`)."""
         stripped = self._strips(index, structure)
         self.total = self.total + self.changes()[index, structure, precision]
         widths = self._revised_widths(index, structure)
-        changed = [n for n in widths.keys() | self._widths.keys() if widths.get(n) != self._widths.get(n)]
-        touched = {index, *stripped, *(i for name in changed for i in self.cost.touching(name))}
+        narrowed = self._touched(widths, (index, *stripped))
+        touched = {index, *stripped, *narrowed}
         for i in stripped:
             self.numbers[i] = 0, self.numbers[i][1]
         self.numbers[index] = structure, precision
         self._widths, self._changes = widths, None
+        for i in touched:
+            self._paid[i] = self.cost.table(i, widths)[self.numbers[i]]
         self._stale.update(i for i, found in enumerate(self.cost.dependencies) if not found.isdisjoint(touched))
-        if changed:  # a tensor that two couplings cut joins their leaders' prices
+        if narrowed:  # a tensor that two couplings cut joins their leaders' prices
             self._stale.update(i for i in range(len(self.layers)) if self.cost.leads(i))

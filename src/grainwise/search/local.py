@@ -10,7 +10,7 @@ from grainwise.plan.choices import PRECISIONS, Entry
 from grainwise.plan.prices import COSTS
 from grainwise.plan.projection import Projection
 from grainwise.search.draft import Draft
-from grainwise.search.prior import Table, cheapest, fill, rises
+from grainwise.search.prior import Table, cheapest, fill, rises, score_of
 
 Profile = dict[str, Entry]
 _FREE = 1e-9  # nats: changes that cost less than this are as good as free
@@ -39,11 +39,6 @@ def reduce(draft: Draft, scores: Table, projection: Projection, keep: Collection
         draft.replace(*(int(i) for i in np.unravel_index(number, value.shape)))
         excess = np.where(np.isfinite(budget), draft.total - budget, 0.0)
     return True
-
-
-def score_of(draft: Draft, scores: Table) -> float:
-    """Sum of the scores of a profile's entries."""
-    return float(sum(scores[index, s, p] for index, (s, p) in enumerate(draft.numbers)))
 
 
 def reduced(projection: Projection, scores: Table) -> dict[str, Entry]:

@@ -110,6 +110,7 @@ class Prior:
         solved = Draft(shared.cost, self._best[1])
         self._reference = solved
         self._margins = solved.changes()  # [L, S, P, 3]
+        self._moves = np.where(np.isfinite(self._margins), self._margins, 0.0)
         self._first = max(self._best[0], 1e-9)
         self._scale = self._first / self._layers
 
@@ -124,13 +125,9 @@ class Prior:
         return bool(draft.total[k] <= self.projection.budget[k])
 
     def _remember(self, draft: Draft) -> None:
-        score = self.score(draft)
+        score = score_of(draft, self.scores)
         if self._best is None or score < self._best[0]:
             self._best = score, draft.entries()
-
-    def score(self, draft: Draft) -> float:
-        """Sum of the scores of a profile's entries."""
-        return float(sum(self.scores[index, s, p] for index, (s, p) in enumerate(draft.numbers)))
 
     def _descend(self, draft: Draft, multipliers: Cost, scores: Table, sweeps: int = 4) -> None:
         """Coordinate descent: one layer after the other takes its best entry."""
@@ -144,9 +141,8 @@ class Prior:
 
     def _expect(self) -> None:
         """Expected change of cost against the solution of layers l.., for each factor of the multipliers."""
-        margins = np.where(np.isfinite(self._margins), self._margins, 0.0)
-        numbers = self._reference.numbers
-        now = sum(self.scores[index, s, p] for index, (s, p) in enumerate(numbers))
+        margins = self._moves
+        now = score_of(self._reference, self.scores)
         self._unit = now / max(self._first, 1e-12)  # multipliers are in score per cost: they grow with the scores
         self._tau = self.temperature * self._scale * self._unit
         priced = margins @ self.multipliers * self._unit  # [L, S, P]
@@ -164,10 +160,9 @@ class Prior:
         """Scale of the multipliers at the walk's step: above 1 when what was chosen so far spent more than planned."""
         if self.sensitivity is None:
             return 1.0
-        spent = np.zeros(len(COSTS))
-        for index, entry in enumerate(walk.entries.values()):
-            change = self._margins[index][numbers_of(entry)]
-            spent += np.where(np.isfinite(change), change, 0.0)
+        chosen = [(index, *numbers_of(entry)) for index, entry in enumerate(walk.entries.values())]
+        layers, s, p = np.array(chosen, dtype=np.intp).reshape(-1, 3).T
+        spent = self._moves[layers, s, p].sum(axis=0)
         over = ((spent + self._ahead[:, walk.step] - self._left) * self.projection.weight).max(axis=1)
         fitting = np.flatnonzero(over <= 0)
         return float(_FACTORS[fitting[0]] if len(fitting) else _FACTORS[-1])
@@ -196,9 +191,14 @@ def finite_scores(projection: Projection, sensitivity: Sensitivity) -> Table:
     return np.where(np.isfinite(scores), scores, 10 * finite.max() + 1.0)
 
 
+def score_of(draft: Draft, scores: Table) -> float:
+    """Sum of the scores of a profile's entries. scores: `[L, S, P]`."""
+    return float(sum(scores[index, s, p] for index, (s, p) in enumerate(draft.numbers)))
+
+
 def rises(draft: Draft, scores: Table) -> Table:
     """`[L, S, P]` how much the profile's score rises when a layer takes the entry instead, legal or not."""
-    now = np.array([scores[index, s, p] for index, (s, p) in enumerate(draft.numbers)])
+    now = scores[np.arange(len(scores)), *np.array(draft.numbers).T]
     rise: Table = scores - now[:, None, None]
     for index, stripped in draft.stripped().items():  # the structures that a block student replaces
         rise[index, BLOCK_STUDENTS] -= sum(now[i] - scores[i, 0, draft.numbers[i][1]] for i in stripped)

@@ -15,10 +15,10 @@ from grainwise.plan.choices import Entry, entry_of
 from grainwise.plan.prices import COSTS, SIZE, Cost
 from grainwise.plan.projection import BLOCK_STUDENTS, Projection
 from grainwise.search.draft import Draft
-from grainwise.search.local import reduced, reductions, score_of, uniform
+from grainwise.search.local import reduced, reductions, uniform
 from grainwise.search.milp import Rows, minimise
 from grainwise.search.options import Options, OptionTables
-from grainwise.search.prior import Prior, Table, fill, finite_scores
+from grainwise.search.prior import Prior, Table, fill, finite_scores, score_of
 from grainwise.study.sensitivity import Sensitivity
 
 _ROUNDS = 6
