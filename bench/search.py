@@ -100,7 +100,9 @@ TASKS = {
         _QUICK,
         prepared={"methods": (Method.QUANTIZE,)},
     ),
-    "resnet20-latency": Task("ResNet-20, latency", resnet20.pretrained, _CIFAR, {"latency": 0.75}, _QUICK),
+    "resnet20-latency": Task(
+        "ResNet-20, latency", resnet20.pretrained, _CIFAR, {"latency": 0.75}, _QUICK, target="ort-cpu"
+    ),
     "minilm-mixed": Task(
         "MiniLM, size and MACs",
         minilm.model,

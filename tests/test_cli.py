@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
@@ -236,6 +237,32 @@ def test_a_store_is_upgraded_recovered_and_shown(tmp_path: Path) -> None:
     assert again.exit_code == 1 and "is there already" in again.stderr
     resumed = run(app, ["resume", "tiny", *NETWORK, "--store", url])
     assert resumed.exit_code == 1 and "give --budget" in resumed.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["studies"],
+        ["status", "tiny"],
+        ["status", "nobody"],
+        ["gc"],
+        ["export-optuna", "tiny", "--out", "optuna.db"],
+        ["resume", "tiny", *NETWORK],  # refused: it does not say how long
+    ],
+    ids=" ".join,
+)
+def test_commands_close_the_store(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = old_database(tmp_path / "s.db")
+    gc.collect()
+    gc.disable()  # it would close what was forgotten
+    try:
+        run(app, ["db", "upgrade", "--store", url])
+        assert not (tmp_path / "s.db-wal").exists()
+        run(app, [*command, "--store", url])
+        assert not (tmp_path / "s.db-wal").exists()
+    finally:
+        gc.enable()
 
 
 def test_what_killed_searches_left_is_listed_then_removed_and_a_study_is_given_to_optuna(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -198,7 +199,8 @@ def resume(
         from grainwise.api import SearchOptions
         from grainwise.store.studies import Store
 
-        kept = Store(store, create=False).settings(study)
+        with closing(Store(store, create=False)) as opened:
+            kept = opened.settings(study)
         if budget is None and "budget" not in kept:
             raise ValueError(f"study {study!r} does not say how long it was to be: give --budget")
         options = SearchOptions.from_json(kept["options"], factory(reward, "the reward") if reward else None)
@@ -272,14 +274,14 @@ def compare(
         constraints = {name: share for name, share in wanted.items() if share is not None}
         apart = Sharing(measurements=False)  # each run pays for its own evaluations
         session = prepared(model, data, metric, forward, threads, space=space, target=target, sharing=apart)
-        with LiveProgress(evaluations) as live:
+        with LiveProgress(evaluations) as live, closing(Store(store)) as opened:
             body = run(
                 session,
                 searchers=searchers,
                 seeds=range(seeds),
                 evaluations=evaluations,
                 constraints=constraints,
-                store=Store(store),
+                store=opened,
                 study=study,
                 options=replace(OPTIONS, space=SpaceKind(space)),
                 observer=Observer(live.stage, live.progress, live.trial),
@@ -304,8 +306,7 @@ def best(
     from grainwise.store.studies import Store
     from grainwise.study.trial import best as best_trial
 
-    with plain_errors():
-        database = Store(store, create=False)
+    with plain_errors(), closing(Store(store, create=False)) as database:
         settings, trials = database.settings(study), database.trials(study)
         leader = best_trial(trials, settings["budgets"])
         if leader is None or leader.measurement is None:

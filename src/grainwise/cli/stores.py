@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +18,8 @@ def studies(store: StoreOption = "sqlite:///grainwise.db", as_json: JsonOption =
     from grainwise.report import studies as report
     from grainwise.store.studies import Store
 
-    with plain_errors():
-        rows = report.studies(Store(store, create=False))
+    with plain_errors(), closing(Store(store, create=False)) as opened:
+        rows = report.studies(opened)
         print_json(rows) if as_json else report.show_studies(rows, Console())
 
 
@@ -31,8 +32,8 @@ def status(
     from grainwise.report import studies as report
     from grainwise.store.studies import Store
 
-    with plain_errors():
-        facts = report.status(Store(store, create=False), study)
+    with plain_errors(), closing(Store(store, create=False)) as opened:
+        facts = report.status(opened, study)
         print_json(facts) if as_json else report.show_status(facts, Console())
 
 
@@ -46,8 +47,7 @@ def gc(
     from grainwise.store import litter
     from grainwise.store.studies import Store
 
-    with plain_errors():
-        opened = Store(store, create=False)
+    with plain_errors(), closing(Store(store, create=False)) as opened:
         found = litter.find(cache_folder() / "variants", opened)
         if remove:
             litter.remove(found, opened)
@@ -72,16 +72,15 @@ def export_optuna(
     from grainwise.report.optuna import export_optuna as export
     from grainwise.store.studies import Store
 
-    with plain_errors():
-        typer.echo(f"{out}: {export(Store(store, create=False), study, out)} trials")
+    with plain_errors(), closing(Store(store, create=False)) as opened:
+        typer.echo(f"{out}: {export(opened, study, out)} trials")
 
 
 def upgrade_store(store: StoreOption = "sqlite:///grainwise.db") -> None:
     """Take the database of an older grainwise to this version; there is no way back."""
     from grainwise.store.studies import Store
 
-    with plain_errors():
-        opened = Store(store, create=False, upgrade=True)
+    with plain_errors(), closing(Store(store, create=False, upgrade=True)) as opened:
         typer.echo(f"{opened.url} is of this version, with {len(opened.studies())} studies")
 
 

@@ -60,11 +60,8 @@ def recover(url: str, out: str) -> Recovered:
             f"the store {url} is of version 0.1, whose rows have no seals: take out of it what the program sqlite3 can "
             "read (its .recover), then upgrade that"
         )
-    store = Store(out)
-    try:
+    with closing(Store(out)) as store:
         return _copy(store, studies, trials, checkpoints)
-    finally:
-        store.close()
 
 
 def _copy(store: Store, studies: list[Any], trials: list[Any], checkpoints: list[Any]) -> Recovered:

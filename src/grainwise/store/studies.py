@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -105,15 +105,15 @@ class Store:
         self._engine = connect(url)
         self.url = named(self._engine.url)
         self._ids: dict[str, int] = {}
-        try:
-            self._open(create, upgrade)
-        except StoreError:
-            self.close()
-            raise
-        except ForeignDatabase as error:
-            raise StoreError(f"the store {self.url} is none of grainwise's: {error}; give another URL") from error
-        except (SQLAlchemyError, ValueError, TypeError, KeyError) as error:
-            raise StoreError(f"the store {self.url} cannot be opened: {advice(error, self._engine.url)}") from error
+        with ExitStack() as unopened:
+            unopened.callback(self.close)
+            try:
+                self._open(create, upgrade)
+            except ForeignDatabase as error:
+                raise StoreError(f"the store {self.url} is none of grainwise's: {error}; give another URL") from error
+            except (SQLAlchemyError, ValueError, TypeError, KeyError) as error:
+                raise StoreError(f"the store {self.url} cannot be opened: {advice(error, self._engine.url)}") from error
+            unopened.pop_all()
 
     def _open(self, create: bool, upgrade: bool) -> None:
         file = path_of(self._engine.url)
