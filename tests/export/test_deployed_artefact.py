@@ -19,7 +19,7 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from grainwise.export import artefact
-from grainwise.export.artefact import ArtefactError, Deployment, load
+from grainwise.export.artefact import RUNTIMES, ArtefactError, Deployment, load
 from grainwise.export.manifest import MANIFEST, MODEL, WEIGHTS
 from grainwise.export.runtime import open_session, run
 from grainwise.graph.forward import Forward
@@ -63,8 +63,9 @@ def test_a_file_that_would_compute_wrongly_here_is_not_run(tmp_path: Path, monke
     root = save(tmp_path / "out", tiny_source(), tiny_candidate("int8"), profile)
     (tmp_path / "cpuinfo").write_text("flags\t\t: ssse3 avx2\n")
     monkeypatch.setattr(target, "_CPUINFO", tmp_path / "cpuinfo")
-    with pytest.raises(ProcessorError, match="has no VNNI"):
-        load(root)
+    for runtime in RUNTIMES:
+        with pytest.raises(ProcessorError, match="has no VNNI"):
+            load(root, runtime=runtime)
     assert load(root, tiny(seed=5)).profile == profile  # PyTorch's sums do not overflow
 
 

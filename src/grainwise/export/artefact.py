@@ -207,8 +207,7 @@ def load(
     if model is None:
         if manifest.deployment is None:
             raise ArtefactError(f"{root} has no {MODEL}: its weights are for PyTorch; give the network too")
-        if runtime == "onnxruntime":
-            check_processor(resolve_target(profile.target), profile.entries.values())
+        check_processor(resolve_target(profile.target), profile.entries.values())  # OpenVINO's kernels overflow too
         return Deployed(RUNTIMES[runtime](root / MODEL), profile, manifest)
     try:
         rebuilt = _rebuilt(manifest, model, forward)
