@@ -114,7 +114,7 @@ class AdaptiveCompression:
             raise ValueError(f"give at least 1 epoch, got {epochs}")
         if refused := sorted(set(constraints) - {"size", "macs"}):
             raise ValueError(f"{refused[0]!r} cannot be a constraint while a network trains; give size, macs or both")
-        check_processor(resolve_target(target))
+        check_processor(target)
         self.epochs, self.epoch = epochs, 0
         self.history: list[Epoch] = []
         self._model, self._splits, self._target = model, Splits.read(data), resolve_target(target).name

@@ -22,7 +22,7 @@ from grainwise.plan.choices import Method
 from grainwise.plan.profile import CompressionProfile, ProfileError
 from grainwise.plan.projection import Projection
 from grainwise.plan.space import SpaceKind
-from grainwise.plan.target import check_processor, resolve_target
+from grainwise.plan.target import check_processor
 from grainwise.search.driver import BATCH, Budget, Judge, search
 from grainwise.search.registry import Given, Table, technique
 from grainwise.search.rl import ControllerConfig
@@ -151,7 +151,7 @@ def compress(
     (`Observer.stop`), Infeasible (none was found), or ProcessorError (files for this target would not run right here).
     The model itself is not changed.
     """
-    check_processor(resolve_target(target))
+    check_processor(target)
     limit = Budget.parse(budget)
     observer.stage("trace")
     session = Session.prepare(

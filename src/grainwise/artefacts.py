@@ -28,7 +28,7 @@ from grainwise.export.runtime import kernels, open_session
 from grainwise.export.weights import weights_bytes
 from grainwise.graph.forward import Forward, default_forward
 from grainwise.graph.recording import record
-from grainwise.plan.target import check_processor, resolve_target
+from grainwise.plan.target import check_processor
 from grainwise.realise.reference import channels_last, fingerprint
 from grainwise.recover.checkpoint import Checkpoint
 from grainwise.recover.options import STANDARD, RecoverOptions, training_budget
@@ -139,7 +139,7 @@ def _verify_file(
     root: Path, found: Artefact, reference: nn.Module, splits: Splits, metric: Metric, forward: Forward, runtime: str
 ) -> dict[str, float | int | str | None]:
     """Figures of an artefact's ONNX file: from the file, beside the PyTorch module and the uncompressed network."""
-    check_processor(resolve_target(found.profile.target), found.profile.entries.values())
+    check_processor(found.profile.target, found.profile.entries.values())
     content = (root / MODEL).read_bytes()
     example = take(splits.test, EXAMPLE_SAMPLES)[0].inputs
     full, names = reference_file(reference, example, forward)

@@ -189,9 +189,17 @@ def test_files_that_overflow_on_this_processor_are_refused(
         with pytest.raises(ProcessorError, match="ort-cpu-vnni compute wrongly .* take the target ort-cpu-avx2"):
             check_processor(target, [Entry(), Entry(precision=precision)])
         with pytest.raises(ProcessorError, match="no VNNI"):
-            check_processor(target)
+            check_processor(target.name)
     else:
         check_processor(target, [Entry(), Entry(precision=precision)])
+
+
+def test_a_target_of_the_user_s_own_is_known_by_itself_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("flags\t\t: ssse3\n")
+    monkeypatch.setattr(targets, "_CPUINFO", tmp_path / "cpuinfo")
+    check_processor("mine")
+    with pytest.raises(ProcessorError, match="files for mine"):
+        check_processor(Target("mine", "onnxruntime", VNNI.quantised))
 
 
 def test_targets_by_name() -> None:

@@ -40,7 +40,7 @@ from grainwise.methods.activations import EightBit, EightBitSum
 from grainwise.methods.modules import construct, describe
 from grainwise.plan.layers import LayerGraph
 from grainwise.plan.profile import CompressionProfile
-from grainwise.plan.target import check_processor, resolve_target
+from grainwise.plan.target import check_processor
 from grainwise.realise.norms import FrozenNorm, freeze_norms
 from grainwise.realise.reference import channels_last
 from grainwise.realise.swap import swap
@@ -207,7 +207,7 @@ def load(
     if model is None:
         if manifest.deployment is None:
             raise ArtefactError(f"{root} has no {MODEL}: its weights are for PyTorch; give the network too")
-        check_processor(resolve_target(profile.target), profile.entries.values())  # OpenVINO's kernels overflow too
+        check_processor(profile.target, profile.entries.values())  # OpenVINO's kernels overflow too
         return Deployed(RUNTIMES[runtime](root / MODEL), profile, manifest)
     try:
         rebuilt = _rebuilt(manifest, model, forward)

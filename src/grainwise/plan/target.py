@@ -138,12 +138,16 @@ def _processor_flags() -> set[str]:
     return set(_CPUINFO.read_text(encoding="utf-8").split()) if _CPUINFO.exists() else set()
 
 
-def check_processor(target: Target, entries: Iterable[Entry] | None = None) -> None:
+def check_processor(target: str | Target, entries: Iterable[Entry] | None = None) -> None:
     """Raises ProcessorError when 8-bit sums of the target's files overflow on this processor: an x86 one without VNNI,
     whose kernels add two products in 16 bits, and weights of codes beyond 63. One that cannot be told passes.
 
-    entries: of the file; without them of any file.
+    target: itself, or its name; a name that is not in TARGETS passes. entries: of the file; without them of any file.
     """
+    if isinstance(target, str):
+        if target not in TARGETS:
+            return
+        target = TARGETS[target]
     eight_bit = any(how in EIGHT_BIT for how in target.quantised.values())
     wide = entries is None or any(e.precision.level == 8 and e.precision.granularity in _SHARED for e in entries)
     flags = _processor_flags()
